@@ -1,0 +1,91 @@
+//! What a disk is to a device model.
+
+use crate::{SharedSlice, SharedSliceMut};
+use std::io;
+
+/// The unit of disk addresses in most protocols, in bytes.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// What a back end prefers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Smallest unit that can be read or written without extra work, in bytes; a power of two, at least 512.
+    pub block_size: u32,
+    /// Smallest unit that is written without a read first, in bytes; a power of two multiple of `block_size`.
+    pub physical_block_size: u32,
+    /// Unit and alignment in which discard gives space back, in bytes.
+    pub discard_granularity: u32,
+    /// Whether discard has an effect.
+    pub discard: bool,
+}
+
+/// A disk. All calls may come from several threads at once; overlapping ones are not ordered among each other.
+///
+/// Ranges are in bytes and need no alignment (aligned ones are faster). A range beyond [`size`](Self::size) is
+/// [`io::ErrorKind::InvalidInput`].
+pub trait BlockBackend: Send + Sync {
+    /// Size in bytes, a multiple of [`SECTOR_SIZE`].
+    fn size(&self) -> u64;
+
+    /// Whether writes are refused.
+    fn read_only(&self) -> bool;
+
+    /// What is fast here.
+    fn limits(&self) -> Limits;
+
+    /// Fill `bufs` from `offset` on.
+    ///
+    /// # Errors
+    /// The host's; parts of `bufs` may have been filled.
+    fn read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<()>;
+
+    /// As [`read_at`](Self::read_at) if the data is at hand; `false`, and any content of `bufs`, if the caller would
+    /// have to wait for a disk.
+    ///
+    /// # Errors
+    /// As for [`read_at`](Self::read_at).
+    fn try_read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<bool> {
+        let _ = (bufs, offset);
+        Ok(false)
+    }
+
+    /// Whether writes only go to the host's page cache, so that short ones seldom wait.
+    fn writes_are_cached(&self) -> bool {
+        false
+    }
+
+    /// Write `bufs` from `offset` on.
+    ///
+    /// # Errors
+    /// The host's; parts may have been written.
+    fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()>;
+
+    /// Make all completed writes durable.
+    ///
+    /// # Errors
+    /// The host's: data may be lost.
+    fn flush(&self) -> io::Result<()>;
+
+    /// The content of a range is no longer needed; it reads as anything afterwards.
+    ///
+    /// # Errors
+    /// The host's. A back end that cannot discard does nothing.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Make a range read as zeroes; `unmap` allows to give its space back.
+    ///
+    /// # Errors
+    /// The host's.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+}
+
+/// Check that a range lies inside a disk of `size` bytes.
+///
+/// # Errors
+/// [`io::ErrorKind::InvalidInput`].
+pub fn check_range(size: u64, offset: u64, len: u64) -> io::Result<()> {
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "range beyond the end of the disk")),
+    }
+}

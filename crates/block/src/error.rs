@@ -1,0 +1,81 @@
+//! What can be wrong with an image.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why an image cannot be used. Each message is one line that names the file and the way out.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// No such file.
+    #[error("disk image {}: no such file; check the path, or create it (qemu-img create -f raw FILE SIZE)", .0.display())]
+    NotFound(PathBuf),
+    /// A directory was named.
+    #[error("disk image {}: is a directory; name a file or block device", .0.display())]
+    Directory(PathBuf),
+    /// Neither a regular file nor a block device.
+    #[error("disk image {}: is neither a file nor a block device", .0.display())]
+    NotAnImage(PathBuf),
+    /// The host does not let us.
+    #[error("disk image {}: permission denied; change its rights{}", path.display(), if *.writing { ", or attach it with readonly=on" } else { "" })]
+    Permission {
+        /// The image.
+        path: PathBuf,
+        /// Whether write access was asked for.
+        writing: bool,
+    },
+    /// Another process has it.
+    #[error("disk image {}: in use by another process ({conflict}); stop it, {}", path.display(), if *.writing { "attach the disk with readonly=on, or use a copy" } else { "or use a copy" })]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// What is in each other's way.
+        conflict: &'static str,
+        /// Whether write access was asked for.
+        writing: bool,
+    },
+    /// Nothing in it.
+    #[error("disk image {}: is empty (0 bytes); it may have been cut short", .0.display())]
+    Empty(PathBuf),
+    /// The size does not suit the options.
+    #[error("disk image {}: its size of {size} bytes is no multiple of {align}, which direct I/O needs; use cache=writeback or pad it (truncate -s %{align})", path.display())]
+    Unaligned {
+        /// The image.
+        path: PathBuf,
+        /// Bytes.
+        size: u64,
+        /// What the size must be a multiple of.
+        align: u64,
+    },
+    /// A format that cannot be opened.
+    #[error("disk image {}: is in {found} format, which is not supported; convert it (qemu-img convert -O raw), or give format=raw to use its bytes as they are", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// What was found.
+        found: &'static str,
+    },
+    /// Any other refusal of the host.
+    #[error("disk image {}: {action}: {source}", path.display())]
+    Host {
+        /// The image.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The host's words.
+        source: io::Error,
+    },
+    /// The file that takes an overlay's writes cannot be made.
+    #[error("cannot create a temporary file for disk writes in {}: {source}; set TMPDIR to a directory with room", dir.display())]
+    Overlay {
+        /// Where.
+        dir: PathBuf,
+        /// The host's words.
+        source: io::Error,
+    },
+}
+
+impl BlockError {
+    pub(crate) fn host(path: &Path, action: &'static str, source: io::Error) -> BlockError {
+        BlockError::Host { path: path.into(), action, source }
+    }
+}

@@ -1,0 +1,100 @@
+//! Raw: the file is the disk.
+//!
+//! A file whose size is no multiple of 512 has a last sector that the file holds in part: the rest of it reads as
+//! zeroes, and a write to it makes the file longer, as in QEMU.
+
+use crate::storage::FileStorage;
+use crate::{
+    BlockBackend, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, slice_of_mut, total,
+    total_mut,
+};
+use std::io;
+
+/// A raw image.
+pub struct Raw {
+    storage: FileStorage,
+    size: u64,
+}
+
+impl Raw {
+    /// The disk that `storage` is.
+    pub fn new(storage: FileStorage) -> Raw {
+        let size = storage.len().next_multiple_of(SECTOR_SIZE);
+        Raw { storage, size }
+    }
+
+    fn writable(&self) -> io::Result<()> {
+        if self.storage.read_only() {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        Ok(())
+    }
+}
+
+impl BlockBackend for Raw {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_only(&self) -> bool {
+        self.storage.read_only()
+    }
+
+    fn limits(&self) -> Limits {
+        let block = self.storage.sector();
+        let physical = self.storage.physical().max(block);
+        Limits {
+            block_size: block,
+            physical_block_size: physical,
+            discard_granularity: physical,
+            discard: !self.storage.read_only(),
+        }
+    }
+
+    fn read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<()> {
+        let len = total_mut(bufs);
+        check_range(self.size, offset, len)?;
+        let in_file = self.storage.len().saturating_sub(offset).min(len);
+        if in_file == len {
+            return self.storage.read(bufs, offset);
+        }
+        self.storage.read(&slice_of_mut(bufs, 0, in_file), offset)?;
+        slice_of_mut(bufs, in_file, len - in_file).iter().for_each(SharedSliceMut::zero);
+        Ok(())
+    }
+
+    fn try_read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<bool> {
+        let len = total_mut(bufs);
+        check_range(self.size, offset, len)?;
+        if self.storage.len().saturating_sub(offset) < len {
+            return Ok(false);
+        }
+        self.storage.try_read(bufs, offset)
+    }
+
+    fn writes_are_cached(&self) -> bool {
+        !self.storage.is_direct()
+    }
+
+    fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
+        self.writable()?;
+        check_range(self.size, offset, total(bufs))?;
+        self.storage.write(bufs, offset)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.storage.sync()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.writable()?;
+        check_range(self.size, offset, len)?;
+        self.storage.discard(offset, self.storage.len().saturating_sub(offset).min(len))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.writable()?;
+        check_range(self.size, offset, len)?;
+        self.storage.write_zeroes(offset, len, unmap)
+    }
+}

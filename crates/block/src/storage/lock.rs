@@ -1,0 +1,121 @@
+//! Image locks, as QEMU takes them.
+//!
+//! Each permission has a number. A process that uses permission `i` holds a shared lock on byte `100 + i` of the
+//! image; one that does not let others use permission `i` holds a shared lock on byte `200 + i`. Nobody ever holds
+//! an exclusive lock: to find a conflict, a process asks whether it *could* lock the opposite byte exclusively.
+//! The locks belong to the open file (`F_OFD_SETLK`, fcntl(2)), so they end when it is closed, however that happens.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// The first byte of the "permission in use" range.
+const PERM_BASE: i64 = 100;
+/// The first byte of the "permission not shared" range.
+const SHARED_BASE: i64 = 200;
+
+/// Read data that is consistent.
+const CONSISTENT_READ: u32 = 1 << 0;
+/// Change data.
+const WRITE: u32 = 1 << 1;
+/// Write the same data again (copy on read, for instance).
+const WRITE_UNCHANGED: u32 = 1 << 2;
+/// Change the size.
+const RESIZE: u32 = 1 << 3;
+const COUNT: u32 = 4;
+
+/// How an image is used, and what others may do meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access {
+    perm: u32,
+    shared: u32,
+}
+
+impl Access {
+    /// Read only; others may read too.
+    pub const READ: Access = Access { perm: CONSISTENT_READ, shared: CONSISTENT_READ | WRITE_UNCHANGED };
+    /// Read and write; others may not write, nor read if they need that nobody writes.
+    pub const WRITE: Access =
+        Access { perm: CONSISTENT_READ | WRITE | RESIZE, shared: CONSISTENT_READ | WRITE_UNCHANGED };
+}
+
+/// Why a lock cannot be had.
+#[derive(Debug)]
+pub enum LockError {
+    /// Another process is in the way.
+    Conflict(&'static str),
+    /// The host refuses.
+    Io(io::Error),
+}
+
+fn request(kind: i32, byte: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+/// Take a shared lock of one byte.
+fn hold(file: &File, byte: i64) -> io::Result<()> {
+    let lock = request(libc::F_RDLCK, byte);
+    // SAFETY: F_OFD_SETLK reads the structure, which lives through the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Whether anybody else holds a lock of the byte.
+fn held_by_other(file: &File, byte: i64) -> io::Result<bool> {
+    let mut lock = request(libc::F_WRLCK, byte);
+    // SAFETY: F_OFD_GETLK reads and writes the structure, which lives through the call.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// Lock `file` for as long as it is open.
+///
+/// # Errors
+/// [`LockError::Conflict`] when another process uses it in a way that does not go together with `access`. The locks
+/// taken until then end with `file`, which the caller drops.
+pub fn acquire(file: &File, access: Access) -> Result<(), LockError> {
+    let bits = || (0..COUNT).map(|i| (1u32 << i, i64::from(i)));
+    for (bit, i) in bits() {
+        // First take, then look: of two that come at once, at least one sees the other.
+        if access.perm & bit != 0 {
+            take(file, PERM_BASE + i)?;
+        }
+        if access.shared & bit == 0 {
+            take(file, SHARED_BASE + i)?;
+        }
+    }
+    for (bit, i) in bits() {
+        if access.shared & bit == 0 && held_by_other(file, PERM_BASE + i).map_err(LockError::Io)? {
+            return Err(LockError::Conflict(match bit {
+                WRITE => "it is being written",
+                RESIZE => "it may be resized",
+                _ => "it is being read",
+            }));
+        }
+        if access.perm & bit != 0 && held_by_other(file, SHARED_BASE + i).map_err(LockError::Io)? {
+            return Err(LockError::Conflict(match bit {
+                WRITE | RESIZE => "its user does not let others write",
+                _ => "its user does not let others read",
+            }));
+        }
+    }
+    Ok(())
+}
+
+fn take(file: &File, byte: i64) -> Result<(), LockError> {
+    hold(file, byte).map_err(|e| match e.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => LockError::Conflict("it is locked as a whole"),
+        _ => LockError::Io(e),
+    })
+}
