@@ -1,1 +1,23 @@
-//! placeholder
+//! The software x86-64 CPU engine: runs unmodified guests without any help of the host CPU's virtualization.
+//!
+//! The parts, from the ground up:
+//! - [`cpu`]: the state of one vCPU and what the architecture does with it: flags, segments, exceptions and interrupts,
+//!   task switches, control registers and MSRs.
+//! - [`mmu`]: page walks, the software TLB, and every access to guest memory.
+//! - [`decode`]: guest bytes to [`Op`](decode::Op)s, once: operands resolved, a handler chosen.
+//! - [`interp`]: the handlers of the integer and system instructions.
+//! - [`native`]: SIMD and x87 instructions, executed by the host's own CPU on the guest's register values.
+//! - [`cache`]: blocks of decoded ops by guest physical address, and how writes to code invalidate them.
+//! - [`apic`]: the local APIC and its timer.
+//! - [`vcpu`]: the run loop, and the engine seam's `Hypervisor`, `Vm` and `Vcpu`.
+//!
+//! Decoding, memory access, exceptions and state are made to be shared by a translator.
+
+pub mod apic;
+pub mod cache;
+pub mod cpu;
+pub mod decode;
+pub mod interp;
+pub mod mmu;
+pub mod native;
+pub mod vcpu;

@@ -1,0 +1,399 @@
+//! Blocks of decoded ops, by guest physical address and mode, and the jump cache that finds them by linear address.
+//!
+//! Each vCPU has its own cache, so the run path takes no lock. A block is valid while the code word of the page (or the two pages) that
+//! it was decoded from is unchanged; whoever writes to the page moves that word on (see `ringfort_memory::PageTracker`).
+
+mod sync;
+
+pub use sync::CodeSync;
+
+use crate::cpu::{Cpu, Trap};
+use crate::decode::{self, Fetched, Mode, Op, op_flags};
+use crate::mmu::Access;
+use ringfort_memory::PAGE_SHIFT;
+use ringfort_x86::segment::{CS, DS, ES, SS};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Most ops in a block.
+const MAX_OPS: usize = 48;
+/// Entries of the jump cache.
+const JUMPS: usize = 4096;
+/// Ops held before the cache is emptied.
+const CAPACITY: usize = 400_000;
+
+/// The state of one page's code when a block was decoded from it.
+#[derive(Clone, Copy)]
+struct Stamp {
+    word: *const AtomicU32,
+    value: u32,
+}
+
+impl Stamp {
+    #[inline(always)]
+    fn fresh(&self) -> bool {
+        // SAFETY: the word belongs to a page tracker that lives as long as guest memory, which the Cpu owning this cache holds.
+        unsafe { &*self.word }.load(Ordering::Acquire) == self.value
+    }
+}
+
+/// A run of decoded instructions.
+pub struct Block {
+    /// The ops; never empty.
+    pub ops: Box<[Op]>,
+    /// Bytes of guest code.
+    pub bytes: u16,
+    stamp: Stamp,
+    /// For a block that is one page-crossing instruction: the second page's address and stamp.
+    second: Option<(u64, Stamp)>,
+}
+
+impl Block {
+    #[inline(always)]
+    fn fresh(&self) -> bool {
+        self.stamp.fresh() && self.second.as_ref().is_none_or(|(_, s)| s.fresh())
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Jump {
+    rip: u64,
+    context: u64,
+    block: *const Block,
+}
+
+const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, block: ptr::null() };
+
+#[derive(Default)]
+struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("keys are u64")
+    }
+    fn write_u64(&mut self, n: u64) {
+        // Fibonacci hashing; the table uses the top bits as well as the low ones.
+        self.0 = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    }
+}
+
+/// All blocks of one vCPU.
+pub struct BlockCache {
+    #[allow(clippy::vec_box, reason = "jump-cache entries point to the blocks, so they must not move")]
+    blocks: HashMap<u64, Box<Block>, BuildHasherDefault<KeyHasher>>,
+    jumps: Box<[Jump; JUMPS]>,
+    /// A block that must not be found again: its bytes are not in RAM.
+    transient: Option<Box<Block>>,
+    ops: usize,
+    /// Blocks decoded so far.
+    pub decoded: u64,
+}
+
+// SAFETY: the raw pointers point into boxes that the cache owns and to words that outlive it; it is used by one thread at a time.
+unsafe impl Send for BlockCache {}
+
+impl Default for BlockCache {
+    fn default() -> Self {
+        let blocks = HashMap::default();
+        BlockCache { blocks, jumps: Box::new([NO_JUMP; JUMPS]), transient: None, ops: 0, decoded: 0 }
+    }
+}
+
+impl BlockCache {
+    /// Drop everything.
+    pub fn clear(&mut self) {
+        self.blocks.clear();
+        self.jumps.fill(NO_JUMP);
+        self.ops = 0;
+    }
+}
+
+impl Cpu {
+    /// The decoding mode in force.
+    pub fn decode_mode(&self) -> Mode {
+        let flat_segment = |n: usize| {
+            let s = &self.seg[n];
+            s.base == 0 && s.limit == u32::MAX && s.present()
+        };
+        let flat_data = |n: usize| {
+            use ringfort_x86::segment::{CODE, EC, RW};
+            flat_segment(n) && self.seg[n].attrs & (CODE | EC | RW) == RW
+        };
+        let flat = self.code_size == crate::cpu::CodeSize::Bits32
+            && flat_segment(CS)
+            && flat_data(SS)
+            && flat_data(DS)
+            && flat_data(ES);
+        Mode { code: self.code_size, stack: self.stack_size(), flat }
+    }
+
+    /// Recompute the key of the decoding mode; after any change of CS, SS, DS, ES, EFER or RFLAGS.VM.
+    pub fn update_decode_mode(&mut self) {
+        self.update_code_size();
+        self.mode = self.decode_mode();
+        self.mode_key = self.mode.key();
+    }
+
+    /// The block at CS:RIP. With `single`, a block of just one instruction, not kept.
+    ///
+    /// # Errors
+    /// What the fetch raises.
+    #[inline]
+    pub fn find_block(&mut self, single: bool) -> Result<*const Block, Trap> {
+        let rip = self.regs[usize::from(crate::cpu::RIP)];
+        let context = self.mmu.context << 8 | self.mode_key;
+        let lin = if self.code64() { rip } else { self.seg[CS].base.wrapping_add(rip) & 0xffff_ffff };
+        let slot = (lin ^ lin >> 12) as usize % JUMPS;
+        let j = &self.cache.jumps[slot];
+        // SAFETY: a jump entry's block lives as long as the cache's map, which clears both together.
+        if j.rip == lin && j.context == context && !single && unsafe { &*j.block }.fresh() {
+            // Outside 64-bit mode the CS limit is part of what a fetch checks; blocks do not span it because CS loads end blocks and
+            // change nothing under a running one.
+            if self.code64() || rip + u64::from(unsafe_len(j.block)) <= u64::from(self.seg[CS].limit) + 1 {
+                return Ok(j.block);
+            }
+        }
+        let block = self.look_up_block(lin, rip, single)?;
+        if !single && self.cache.transient.as_deref().is_none_or(|t| !ptr::eq(t, block)) {
+            self.cache.jumps[slot] = Jump { rip: lin, context, block };
+        }
+        Ok(block)
+    }
+
+    #[cold]
+    fn look_up_block(&mut self, lin: u64, rip: u64, single: bool) -> Result<*const Block, Trap> {
+        if self.code64() {
+            if (rip << 16) as i64 >> 16 != rip as i64 {
+                return Err(self.gp(0));
+            }
+        } else if rip > u64::from(self.seg[CS].limit) {
+            return Err(self.gp(0));
+        }
+        let gpa = self.fetch_translate(lin)?;
+        if single {
+            return self.decode_block(lin, rip, gpa, 1, true);
+        }
+        let key = gpa << 8 | self.mode_key;
+        if let Some(b) = self.cache.blocks.get(&key) {
+            let block: *const Block = &raw const **b;
+            if b.fresh() && (self.code64() || rip + u64::from(b.bytes) <= u64::from(self.seg[CS].limit) + 1) {
+                match b.second {
+                    None => return Ok(block),
+                    // The page that follows by linear address may be another one now.
+                    Some((second, _)) => {
+                        let next = (lin | 0xfff).wrapping_add(1);
+                        if self.fetch_translate(next)? == second {
+                            return Ok(block);
+                        }
+                    }
+                }
+            }
+        }
+        self.decode_block(lin, rip, gpa, MAX_OPS, false)
+    }
+
+    /// Translate a fetch at `lin`.
+    fn fetch_translate(&mut self, lin: u64) -> Result<u64, Trap> {
+        if let Some(gpa) = self.mmu.fetch_hit(lin) {
+            return Ok(gpa);
+        }
+        let mode = self.mmu.access_mode;
+        let t = self.translate(lin, Access::Fetch, mode)?;
+        if let Some((slot, offset)) = self.mmu.ram.find(t.gpa) {
+            // SAFETY: `find` gives an offset inside the slot's mapping.
+            let host = unsafe { slot.host.add(offset as usize) };
+            self.mmu.insert_fetch(mode, lin, t.gpa, host, t.large);
+        }
+        Ok(t.gpa)
+    }
+
+    /// Decode up to `most` instructions at `gpa`.
+    fn decode_block(
+        &mut self,
+        lin: u64,
+        rip: u64,
+        gpa: u64,
+        most: usize,
+        transient: bool,
+    ) -> Result<*const Block, Trap> {
+        // What CS's limit leaves, in bytes; beyond it a fetch is #GP.
+        let limit = if self.code64() { u64::MAX } else { u64::from(self.seg[CS].limit) + 1 - rip };
+        let left = (0x1000 - (gpa & 0xfff)).min(limit) as usize;
+        let mode = self.mode;
+        let found = self.mmu.ram.find(gpa).map(|(s, off)| (s.host, off, s.tracker.clone()));
+        let Some((host, offset, tracker)) = found else {
+            return self.decode_outside_ram(lin, gpa, limit);
+        };
+        let page = offset >> PAGE_SHIFT;
+        let stamp = self.begin_code(&tracker, page, gpa);
+        let mut bytes = [0u8; 4096];
+        let bytes = &mut bytes[..left];
+        // SAFETY: `left` bytes from the offset lie in the same RAM page.
+        unsafe { ptr::copy_nonoverlapping(host.add(offset as usize), bytes.as_mut_ptr(), left) };
+        let mut ops: Vec<Op> = Vec::with_capacity(16);
+        let mut used = 0;
+        let mut decoder = decode::decoder(bytes, mode);
+        while ops.len() < most {
+            let off = decoder.position();
+            match decode::next(&mut decoder) {
+                Fetched::Instruction(i) => {
+                    let end = off + i.len().max(1);
+                    let op = decode::lower(&i, &bytes[off..end.min(left)], off as u16, mode, &self.features);
+                    used = end;
+                    let last =
+                        op.flags & op_flags::END != 0 || i.flow_control() != iced_x86::FlowControl::Next;
+                    ops.push(op);
+                    if last {
+                        break;
+                    }
+                }
+                Fetched::TooLong => {
+                    let mut op = decode::lower(
+                        &iced_x86::Instruction::default(),
+                        &[],
+                        off as u16,
+                        mode,
+                        &self.features,
+                    );
+                    op.run = decode::too_long;
+                    ops.push(op);
+                    used = left;
+                    break;
+                }
+                Fetched::Incomplete if !ops.is_empty() => break,
+                Fetched::Incomplete if (left as u64) == limit => return Err(self.gp(0)),
+                Fetched::Incomplete => {
+                    return self.decode_crossing(lin, gpa, &bytes[..left], stamp, limit, transient);
+                }
+            }
+        }
+        let block = Block { ops: ops.into(), bytes: used as u16, stamp, second: None };
+        Ok(self.keep(gpa, block, transient))
+    }
+
+    /// Decode the one instruction that begins at `gpa` with `head` and goes on in the next page.
+    fn decode_crossing(
+        &mut self,
+        lin: u64,
+        gpa: u64,
+        head: &[u8],
+        stamp: Stamp,
+        limit: u64,
+        transient: bool,
+    ) -> Result<*const Block, Trap> {
+        let next_lin = (lin | 0xfff).wrapping_add(1);
+        let next_lin = if self.long_mode() { next_lin } else { next_lin & 0xffff_ffff };
+        let next = self.fetch_translate(next_lin)?;
+        let found = self.mmu.ram.find(next).map(|(s, off)| (s.host, off, s.tracker.clone()));
+        let mut buf = [0u8; 30];
+        buf[..head.len()].copy_from_slice(head);
+        let more = (15 - head.len()).min((limit - head.len() as u64) as usize);
+        let tail = &mut buf[head.len()..head.len() + more];
+        let second = match found {
+            Some((host, offset, tracker)) => {
+                let second = self.begin_code(&tracker, offset >> PAGE_SHIFT, next);
+                // SAFETY: fewer than 15 bytes from the start of a RAM page.
+                unsafe { ptr::copy_nonoverlapping(host.add(offset as usize), tail.as_mut_ptr(), more) };
+                Some((next, second))
+            }
+            None => {
+                for (n, b) in tail.iter_mut().enumerate() {
+                    self.env.bus.mmio_read(next + n as u64, std::slice::from_mut(b));
+                }
+                None
+            }
+        };
+        let op = self.decode_one(&buf[..head.len() + more], limit)?;
+        let block = Block { bytes: op.len.into(), ops: Box::new([op]), stamp, second };
+        Ok(self.keep(gpa, block, transient || second.is_none()))
+    }
+
+    /// Decode one instruction whose bytes come from a device.
+    fn decode_outside_ram(&mut self, lin: u64, gpa: u64, limit: u64) -> Result<*const Block, Trap> {
+        let mut buf = [0u8; 15];
+        let here = (0x1000 - (gpa & 0xfff)).min(15).min(limit) as usize;
+        for (n, b) in buf[..here].iter_mut().enumerate() {
+            self.env.bus.mmio_read(gpa + n as u64, std::slice::from_mut(b));
+        }
+        let mut have = here;
+        if here < 15 && (here as u64) < limit {
+            let mut d = decode::decoder(&buf[..here], self.mode);
+            if matches!(decode::next(&mut d), Fetched::Incomplete) {
+                let next = self.fetch_translate((lin | 0xfff).wrapping_add(1))?;
+                have = (limit.min(15)) as usize;
+                for (n, b) in buf[here..have].iter_mut().enumerate() {
+                    match self.mmu.ram.host(next + n as u64) {
+                        // SAFETY: a byte of a RAM page.
+                        Some(p) => *b = unsafe { p.read() },
+                        None => self.env.bus.mmio_read(next + n as u64, std::slice::from_mut(b)),
+                    }
+                }
+            }
+        }
+        let op = self.decode_one(&buf[..have], limit)?;
+        static ALWAYS: AtomicU32 = AtomicU32::new(0);
+        let stamp = Stamp { word: &ALWAYS, value: 0 };
+        let block = Block { bytes: op.len.into(), ops: Box::new([op]), stamp, second: None };
+        Ok(self.keep(gpa, block, true))
+    }
+
+    fn decode_one(&mut self, bytes: &[u8], limit: u64) -> Result<Op, Trap> {
+        let mut d = decode::decoder(bytes, self.mode);
+        match decode::next(&mut d) {
+            Fetched::Instruction(i) => {
+                let len = i.len().max(1).min(bytes.len());
+                Ok(decode::lower(&i, &bytes[..len], 0, self.mode, &self.features))
+            }
+            Fetched::Incomplete if bytes.len() as u64 == limit => Err(self.gp(0)),
+            _ => Err(self.gp(0)),
+        }
+    }
+
+    fn keep(&mut self, gpa: u64, block: Block, transient: bool) -> *const Block {
+        self.cache.decoded += 1;
+        let block = Box::new(block);
+        let at: *const Block = &raw const *block;
+        if transient {
+            self.cache.transient = Some(block);
+        } else {
+            if self.cache.ops > CAPACITY {
+                self.cache.clear();
+            }
+            self.cache.ops += block.ops.len();
+            if let Some(old) = self.cache.blocks.insert(gpa << 8 | self.mode_key, block) {
+                // Jump-cache entries may still point to the old block.
+                let old: *const Block = &raw const *old;
+                for j in self.cache.jumps.iter_mut().filter(|j| ptr::eq(j.block, old)) {
+                    *j = NO_JUMP;
+                }
+            }
+        }
+        at
+    }
+
+    /// Declare that code of `page` is being decoded, before its bytes are read.
+    fn begin_code(&mut self, tracker: &ringfort_memory::PageTracker, page: u64, gpa: u64) -> Stamp {
+        let (generation, fresh) = tracker.begin_code(page);
+        if fresh {
+            self.mmu.drop_writes_to(gpa & !0xfff);
+            self.env.vm.code_sync.announce(&self.env, gpa & !0xfff);
+        }
+        Stamp { word: tracker.word(page), value: generation | 1 << 31 }
+    }
+
+    /// End the running block after the current instruction.
+    #[inline]
+    pub fn stop_block(&mut self) {
+        self.block_end = ptr::null();
+    }
+}
+
+fn unsafe_len(block: *const Block) -> u16 {
+    // SAFETY: called only with a block that the cache holds.
+    unsafe { (*block).bytes }
+}

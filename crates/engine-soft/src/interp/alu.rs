@@ -1,0 +1,150 @@
+//! ADD, OR, ADC, SBB, AND, SUB, XOR, CMP, TEST, INC, DEC, NEG, NOT: executed by the host's own ALU, flags kept as LAHF/SETO leave them.
+
+use crate::cpu::{Cpu, Int};
+use crate::decode::{Ctx, Exec, Flow, Handler, Op, op_flags};
+use crate::mmu::Access;
+use iced_x86::{Mnemonic, OpKind};
+use std::arch::asm;
+
+/// A two-operand ALU operation.
+trait Binary {
+    /// The result of `a op b`; `flags` in [`Cpu::arith`] form, in and out.
+    fn apply<T: Int>(a: T, b: T, flags: &mut u16) -> T;
+    /// Whether the result is written back.
+    const WRITES: bool = true;
+}
+
+macro_rules! binary {
+    ($name:ident, $mnemonic:literal, $writes:expr, $($carry:literal)?) => {
+        struct $name;
+        impl Binary for $name {
+            const WRITES: bool = $writes;
+            #[inline(always)]
+            fn apply<T: Int>(a: T, b: T, flags: &mut u16) -> T {
+                let mut r = a.to_u64();
+                let b = b.to_u64();
+                let mut f = u64::from(*flags);
+                // SAFETY: register-only arithmetic.
+                unsafe {
+                    match T::SIZE {
+                        1 => asm!($($carry,)? concat!($mnemonic, " {r:l}, {b:l}"), "lahf", "seto al",
+                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
+                        2 => asm!($($carry,)? concat!($mnemonic, " {r:x}, {b:x}"), "lahf", "seto al",
+                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
+                        4 => asm!($($carry,)? concat!($mnemonic, " {r:e}, {b:e}"), "lahf", "seto al",
+                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
+                        _ => asm!($($carry,)? concat!($mnemonic, " {r}, {b}"), "lahf", "seto al",
+                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
+                    }
+                }
+                *flags = f as u16;
+                T::from_u64(r)
+            }
+        }
+    };
+}
+
+binary!(Add, "add", true,);
+binary!(Or, "or", true,);
+binary!(Adc, "adc", true, "bt eax, 8");
+binary!(Sbb, "sbb", true, "bt eax, 8");
+binary!(And, "and", true,);
+binary!(Sub, "sub", true,);
+binary!(Xor, "xor", true,);
+binary!(Cmp, "cmp", false,);
+binary!(Test, "test", false,);
+
+fn reg_reg<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let (a, b) = (cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
+    let r = O::apply(a, b, &mut cpu.arith);
+    if O::WRITES {
+        cpu.set_reg(op.dst, r);
+    }
+    Ok(Flow::Next)
+}
+
+fn reg_imm<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let a = cpu.reg::<T>(op.dst);
+    let r = O::apply(a, T::from_u64(op.imm), &mut cpu.arith);
+    if O::WRITES {
+        cpu.set_reg(op.dst, r);
+    }
+    Ok(Flow::Next)
+}
+
+fn reg_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Read)?;
+    let b = cpu.load::<T>(lin)?;
+    let r = O::apply(cpu.reg::<T>(op.dst), b, &mut cpu.arith);
+    if O::WRITES {
+        cpu.set_reg(op.dst, r);
+    }
+    Ok(Flow::Next)
+}
+
+#[inline(always)]
+fn into_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Exec {
+    if !O::WRITES {
+        let lin = cpu.linear(op, T::SIZE, Access::Read)?;
+        let a = cpu.load::<T>(lin)?;
+        O::apply(a, b, &mut cpu.arith);
+        return Ok(Flow::Next);
+    }
+    let lin = cpu.linear(op, T::SIZE, Access::Write)?;
+    let before = cpu.arith;
+    let mut flags = before;
+    if op.flags & op_flags::LOCK == 0 {
+        cpu.modify(lin, |a| O::apply(a, b, &mut flags))?;
+    } else {
+        cpu.modify_locked(lin, |a| {
+            flags = before;
+            O::apply(a, b, &mut flags)
+        })?;
+    }
+    cpu.arith = flags;
+    Ok(Flow::Next)
+}
+
+fn mem_reg<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let b = cpu.reg::<T>(op.src);
+    into_mem::<O, T>(cpu, op, b)
+}
+
+fn mem_imm<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    into_mem::<O, T>(cpu, op, T::from_u64(op.imm))
+}
+
+fn by_form<O: Binary, T: Int>(a: OpKind, b: OpKind) -> Handler {
+    match (a, b) {
+        (OpKind::Register, OpKind::Register) => reg_reg::<O, T>,
+        (OpKind::Register, OpKind::Memory) => reg_mem::<O, T>,
+        (OpKind::Memory, OpKind::Register) => mem_reg::<O, T>,
+        (OpKind::Memory, _) => mem_imm::<O, T>,
+        _ => reg_imm::<O, T>,
+    }
+}
+
+fn by_width<O: Binary>(ctx: &Ctx<'_>) -> Handler {
+    let (a, b) = (ctx.i.op0_kind(), ctx.i.op1_kind());
+    match ctx.width(0) {
+        1 => by_form::<O, u8>(a, b),
+        2 => by_form::<O, u16>(a, b),
+        4 => by_form::<O, u32>(a, b),
+        _ => by_form::<O, u64>(a, b),
+    }
+}
+
+pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
+    Some(match ctx.i.mnemonic() {
+        Mnemonic::Add => by_width::<Add>(ctx),
+        Mnemonic::Or => by_width::<Or>(ctx),
+        Mnemonic::Adc => by_width::<Adc>(ctx),
+        Mnemonic::Sbb => by_width::<Sbb>(ctx),
+        Mnemonic::And => by_width::<And>(ctx),
+        Mnemonic::Sub => by_width::<Sub>(ctx),
+        Mnemonic::Xor => by_width::<Xor>(ctx),
+        Mnemonic::Cmp => by_width::<Cmp>(ctx),
+        Mnemonic::Test => by_width::<Test>(ctx),
+        _ => return None,
+    })
+}

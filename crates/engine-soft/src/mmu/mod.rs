@@ -1,0 +1,12 @@
+//! Guest memory as instructions see it: linear addresses, page walks, a software TLB, RAM and MMIO.
+//!
+//! [`Cpu::load`] and [`Cpu::store`] are the fast path: one TLB probe, one host access. Everything else (a miss, a page crossing,
+//! MMIO, a store to a page that holds decoded code, a watched page) is in `slow`.
+
+mod access;
+mod slow;
+mod tlb;
+mod walk;
+
+pub use tlb::{Mmu, TlbEntry};
+pub use walk::{Access, Translation};

@@ -1,0 +1,363 @@
+//! The slow path of guest memory accesses: misses, page crossings, MMIO, and stores that somebody must notice.
+
+use super::tlb::{NO_PAGE, mode};
+use super::walk::Access;
+use crate::cpu::{Cpu, Int, Trap};
+use ringfort_memory::PAGE_SHIFT;
+use ringfort_x86::Vector;
+use ringfort_x86::cr::*;
+use ringfort_x86::flags::AC;
+use std::sync::{Mutex, PoisonError};
+
+/// Where one piece (within a page) of an access goes.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    gpa: u64,
+    /// Host address if it is RAM.
+    host: Option<*mut u8>,
+    lin: u64,
+    len: usize,
+}
+
+/// The one or two pieces of an access of at most a page.
+struct Pieces {
+    first: Piece,
+    second: Option<Piece>,
+}
+
+impl Pieces {
+    fn each(&self) -> impl Iterator<Item = (usize, &Piece)> {
+        let at = self.first.len;
+        std::iter::once((0, &self.first)).chain(self.second.iter().map(move |p| (at, p)))
+    }
+}
+
+/// Serialises locked accesses that no single host instruction can do: those that cross pages or touch MMIO.
+static SPLIT_LOCK: Mutex<()> = Mutex::new(());
+
+impl Cpu {
+    /// Translate one piece, entering it into the TLB.
+    fn piece(&mut self, lin: u64, len: usize, access: Access, m: usize) -> Result<Piece, Trap> {
+        let t = self.translate(lin, access, m)?;
+        self.mmu.misses += 1;
+        let Some((slot, offset)) = self.mmu.ram.find(t.gpa) else {
+            return Ok(Piece { gpa: t.gpa, host: None, lin, len });
+        };
+        // SAFETY: `find` gives an offset inside the slot's mapping.
+        let host = unsafe { slot.host.add(offset as usize) };
+        let page = offset >> PAGE_SHIFT;
+        let log_first_write = slot.tracker.logging() && access != Access::Write;
+        let write = t.write && !log_first_write && !slot.tracker.has_code(page);
+        if self.mmu.watched[0] == NO_PAGE || !self.mmu.watched.contains(&(lin & !0xfff)) {
+            let (gpa, fetch, large) = (t.gpa, t.fetch, t.large);
+            self.mmu.insert(m, lin, gpa, host, write, fetch, large);
+        }
+        Ok(Piece { gpa: t.gpa, host: Some(host), lin, len })
+    }
+
+    fn pieces(&mut self, lin: u64, len: usize, access: Access, m: usize) -> Result<Pieces, Trap> {
+        let lin = if self.long_mode() { lin } else { lin & 0xffff_ffff };
+        let left = 0x1000 - (lin & 0xfff) as usize;
+        if len <= left {
+            return Ok(Pieces { first: self.piece(lin, len, access, m)?, second: None });
+        }
+        let first = self.piece(lin, left, access, m)?;
+        let mut next = lin.wrapping_add(left as u64);
+        if !self.long_mode() {
+            next &= 0xffff_ffff;
+        }
+        let second = self.piece(next, len - left, access, m)?;
+        Ok(Pieces { first, second: Some(second) })
+    }
+
+    /// #AC for a misaligned data access at CPL 3 with AC and AM.
+    fn check_alignment(&mut self, lin: u64, size: usize) -> Result<(), Trap> {
+        let armed = self.cpl == 3 && self.sys_flags & AC != 0 && self.cr0 & CR0_AM != 0;
+        if armed && size.is_power_of_two() && lin & (size as u64 - 1) != 0 {
+            return Err(self.raise(Vector::AlignmentCheck, 0));
+        }
+        Ok(())
+    }
+
+    fn read_pieces(&mut self, pieces: &Pieces, buf: &mut [u8]) {
+        for (at, p) in pieces.each() {
+            let out = &mut buf[at..at + p.len];
+            match p.host {
+                // SAFETY: the piece lies in one mapped RAM page.
+                Some(h) => unsafe { copy_from_guest(h, out) },
+                None => self.mmio_read(p.gpa, out),
+            }
+            self.check_watch(p.lin, p.len, Access::Read);
+        }
+    }
+
+    fn write_pieces(&mut self, pieces: &Pieces, data: &[u8]) {
+        for (at, p) in pieces.each() {
+            let from = &data[at..at + p.len];
+            match p.host {
+                Some(h) => {
+                    // SAFETY: the piece lies in one mapped RAM page, and translation allowed the write.
+                    unsafe { copy_to_guest(h, from) };
+                    self.wrote(p.gpa);
+                }
+                None => self.mmio_write(p.gpa, from),
+            }
+            self.check_watch(p.lin, p.len, Access::Write);
+        }
+    }
+
+    /// A store went to the RAM page of `gpa` by the slow path: log it, and if the page held code, end the current block.
+    fn wrote(&mut self, gpa: u64) {
+        if self.mmu.ram.note_write(gpa) {
+            self.stop_block();
+        }
+    }
+
+    fn mmio_read(&mut self, gpa: u64, out: &mut [u8]) {
+        let mut at = 0;
+        while at < out.len() {
+            let n = mmio_step(gpa + at as u64, out.len() - at);
+            let (base, part) = (gpa + at as u64, &mut out[at..at + n]);
+            if !self.apic_mmio_read(base, part) {
+                self.env.bus.mmio_read(base, part);
+            }
+            at += n;
+        }
+    }
+
+    fn mmio_write(&mut self, gpa: u64, data: &[u8]) {
+        let mut at = 0;
+        while at < data.len() {
+            let n = mmio_step(gpa + at as u64, data.len() - at);
+            let (base, part) = (gpa + at as u64, &data[at..at + n]);
+            if !self.apic_mmio_write(base, part) {
+                self.env.bus.mmio_write(base, part);
+            }
+            at += n;
+        }
+    }
+
+    #[cold]
+    pub(super) fn load_slow(&mut self, lin: u64, size: usize) -> Result<u64, Trap> {
+        let mut buf = [0; 8];
+        self.check_alignment(lin, size)?;
+        let p = self.pieces(lin, size, Access::Read, self.mmu.access_mode)?;
+        self.read_pieces(&p, &mut buf[..size]);
+        Ok(u64::from_le_bytes(buf))
+    }
+
+    #[cold]
+    pub(super) fn store_slow(&mut self, lin: u64, size: usize, v: u64) -> Result<(), Trap> {
+        self.check_alignment(lin, size)?;
+        let p = self.pieces(lin, size, Access::Write, self.mmu.access_mode)?;
+        self.write_pieces(&p, &v.to_le_bytes()[..size]);
+        Ok(())
+    }
+
+    #[cold]
+    pub(super) fn modify_locked_slow<T: Int>(
+        &mut self,
+        lin: u64,
+        mut f: impl FnMut(T) -> T,
+    ) -> Result<(), Trap> {
+        self.check_alignment(lin, T::SIZE)?;
+        let p = self.pieces(lin, T::SIZE, Access::Write, self.mmu.access_mode)?;
+        if let (Some(host), None) = (p.first.host, p.second) {
+            atomic_update(host, f);
+            self.wrote(p.first.gpa);
+            self.check_watch(lin, T::SIZE, Access::Write);
+            return Ok(());
+        }
+        let _serial = SPLIT_LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buf = [0; 8];
+        self.read_pieces(&p, &mut buf[..T::SIZE]);
+        let new = f(T::from_u64(u64::from_le_bytes(buf)));
+        self.write_pieces(&p, &new.to_u64().to_le_bytes()[..T::SIZE]);
+        Ok(())
+    }
+
+    /// Load `buf.len()` bytes (at most a page). Not atomic. Faults before anything is read from a device.
+    ///
+    /// # Errors
+    /// As [`Cpu::load`], without #AC.
+    pub fn load_bytes(&mut self, lin: u64, buf: &mut [u8]) -> Result<(), Trap> {
+        let p = self.pieces(lin, buf.len(), Access::Read, self.mmu.access_mode)?;
+        self.read_pieces(&p, buf);
+        Ok(())
+    }
+
+    /// Store `data` (at most a page). Not atomic. Faults before anything is stored.
+    ///
+    /// # Errors
+    /// As [`Cpu::store`], without #AC.
+    pub fn store_bytes(&mut self, lin: u64, data: &[u8]) -> Result<(), Trap> {
+        let p = self.pieces(lin, data.len(), Access::Write, self.mmu.access_mode)?;
+        self.write_pieces(&p, data);
+        Ok(())
+    }
+
+    /// Fault as a store of `len` bytes (at most a page) at `lin` would, and change nothing but A and D bits.
+    ///
+    /// # Errors
+    /// As [`Cpu::store`].
+    pub fn probe_write(&mut self, lin: u64, len: usize) -> Result<(), Trap> {
+        self.pieces(lin, len, Access::Write, self.mmu.access_mode).map(drop)
+    }
+
+    /// Fault as a load of `len` bytes (at most a page) at `lin` would.
+    ///
+    /// # Errors
+    /// As [`Cpu::load`].
+    pub fn probe_read(&mut self, lin: u64, len: usize) -> Result<(), Trap> {
+        self.pieces(lin, len, Access::Read, self.mmu.access_mode).map(drop)
+    }
+
+    /// Load for the CPU itself (descriptor tables, TSS, interrupt stacks): supervisor access whatever the CPL.
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    pub fn load_system<T: Int>(&mut self, lin: u64) -> Result<T, Trap> {
+        let mut buf = [0; 8];
+        let p = self.pieces(lin, T::SIZE, Access::Read, self.system_mode())?;
+        self.read_pieces(&p, &mut buf[..T::SIZE]);
+        Ok(T::from_u64(u64::from_le_bytes(buf)))
+    }
+
+    /// Store for the CPU itself; see [`Cpu::load_system`].
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    pub fn store_system<T: Int>(&mut self, lin: u64, v: T) -> Result<(), Trap> {
+        let p = self.pieces(lin, T::SIZE, Access::Write, self.system_mode())?;
+        self.write_pieces(&p, &v.to_u64().to_le_bytes()[..T::SIZE]);
+        Ok(())
+    }
+
+    /// Fault as [`Cpu::store_system`] of `len` bytes would.
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    pub fn probe_write_system(&mut self, lin: u64, len: usize) -> Result<(), Trap> {
+        let m = self.system_mode();
+        self.pieces(lin, len, Access::Write, m).map(drop)
+    }
+
+    /// Access mode of implicit supervisor accesses: SMAP applies to them whatever AC says at CPL 3 (Intel SDM 3A section 4.6.1).
+    fn system_mode(&self) -> usize {
+        if self.cpl == 3 && self.cr4 & CR4_SMAP != 0 {
+            mode::SUPERVISOR
+        } else if self.cpl == 3 {
+            mode::SUPERVISOR_USER
+        } else {
+            self.mmu.access_mode
+        }
+    }
+
+    /// Bring `lin`'s page into the TLB for a run of accesses, or fault.
+    pub(super) fn fill_for_run(&mut self, lin: u64, access: Access) -> Result<(), Trap> {
+        self.pieces(lin, 1, access, self.mmu.access_mode).map(drop)
+    }
+
+    /// Follow a change of CPL, RFLAGS.AC, RFLAGS.VM, CR0.PG or CR4.SMAP: choose the TLB set. Cheap.
+    #[inline]
+    pub fn update_mmu_mode(&mut self) {
+        let m = if self.cpl == 3 {
+            mode::USER
+        } else if self.cr4 & CR4_SMAP != 0 && self.sys_flags & AC == 0 {
+            mode::SUPERVISOR
+        } else {
+            mode::SUPERVISOR_USER
+        };
+        if m != self.mmu.access_mode {
+            self.mmu.set_access_mode(m);
+        }
+    }
+
+    /// Read from guest physical memory; MMIO included. For debuggers and PAE pointers.
+    pub fn load_physical(&mut self, gpa: u64) -> u64 {
+        match self.mmu.ram.host(gpa) {
+            // SAFETY: RamMap's pointer is valid to the end of the page and the callers' addresses are 8-byte aligned.
+            Some(p) => unsafe { p.cast::<u64>().read_unaligned() },
+            None => {
+                let mut buf = [0; 8];
+                self.env.bus.mmio_read(gpa, &mut buf);
+                u64::from_le_bytes(buf)
+            }
+        }
+    }
+}
+
+/// Bytes of the next MMIO access: at most 8, a power of two, naturally aligned where it can be.
+fn mmio_step(gpa: u64, left: usize) -> usize {
+    let mut n = 8;
+    while n > left {
+        n /= 2;
+    }
+    while n > 1 && (gpa & 7) as usize + n > 8 {
+        n /= 2;
+    }
+    n
+}
+
+/// Copy bytes that other vCPUs may be writing.
+///
+/// # Safety
+/// `from` is valid for reads of `out.len()` bytes.
+unsafe fn copy_from_guest(from: *const u8, out: &mut [u8]) {
+    // Whole words where the size is one, so that an aligned guest access is a single host access.
+    // SAFETY: the caller's; unaligned reads are used throughout.
+    unsafe {
+        match out.len() {
+            2 => out.copy_from_slice(&from.cast::<u16>().read_unaligned().to_ne_bytes()),
+            4 => out.copy_from_slice(&from.cast::<u32>().read_unaligned().to_ne_bytes()),
+            8 => out.copy_from_slice(&from.cast::<u64>().read_unaligned().to_ne_bytes()),
+            n => std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), n),
+        }
+    }
+}
+
+/// Copy bytes to where other vCPUs may be reading.
+///
+/// # Safety
+/// `to` is valid for writes of `data.len()` bytes.
+unsafe fn copy_to_guest(to: *mut u8, data: &[u8]) {
+    // SAFETY: the caller's; the slices have the matched lengths.
+    unsafe {
+        match *data {
+            [a, b] => to.cast::<u16>().write_unaligned(u16::from_ne_bytes([a, b])),
+            [a, b, c, d] => to.cast::<u32>().write_unaligned(u32::from_ne_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => {
+                to.cast::<u64>().write_unaligned(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
+            }
+            _ => std::ptr::copy_nonoverlapping(data.as_ptr(), to, data.len()),
+        }
+    }
+}
+
+/// Atomically replace the value at `p` (any alignment) by `f` of it, with the host's own LOCK CMPXCHG, which is atomic also across cache lines.
+#[inline(always)]
+pub(super) fn atomic_update<T: Int>(p: *mut u8, mut f: impl FnMut(T) -> T) {
+    use std::arch::asm;
+    loop {
+        // SAFETY: callers pass a pointer to T::SIZE bytes of mapped RAM.
+        let old: T = unsafe { p.cast::<T>().read_unaligned() };
+        let new = f(old);
+        let found: u64;
+        // SAFETY: as above; the instruction touches only those bytes.
+        unsafe {
+            match T::SIZE {
+                1 => asm!("lock cmpxchg [{p}], {n}", p = in(reg) p, n = in(reg_byte) new.to_u64() as u8,
+                    inout("rax") old.to_u64() => found, options(nostack)),
+                2 => asm!("lock cmpxchg [{p}], {n:x}", p = in(reg) p, n = in(reg) new.to_u64(),
+                    inout("rax") old.to_u64() => found, options(nostack)),
+                4 => asm!("lock cmpxchg [{p}], {n:e}", p = in(reg) p, n = in(reg) new.to_u64(),
+                    inout("rax") old.to_u64() => found, options(nostack)),
+                _ => asm!("lock cmpxchg [{p}], {n}", p = in(reg) p, n = in(reg) new.to_u64(),
+                    inout("rax") old.to_u64() => found, options(nostack)),
+            }
+        }
+        if T::from_u64(found) == old {
+            return;
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The run loop: find a block, execute its ops, and look up between blocks.
+
+use crate::cpu::{Activity, Cpu, RIP, Shadow, Trap};
+use crate::decode::{Exec, Flow, Op};
+use ringfort_engine::VcpuExit;
+use ringfort_x86::cr::DR6_BS;
+use ringfort_x86::flags::{RF, TF};
+use ringfort_x86::segment::SS;
+use std::sync::atomic::Ordering;
+
+/// Blocks between two looks at the timer.
+const TIMER_CHECK: u32 = 128;
+
+impl Cpu {
+    /// Execute until something needs the caller.
+    pub fn run_loop(&mut self) -> VcpuExit {
+        let mut until_timer = 0;
+        loop {
+            if until_timer == 0 {
+                until_timer = TIMER_CHECK;
+                self.check_timer();
+            }
+            until_timer -= 1;
+            if self.env.me.requests.load(Ordering::Relaxed) != 0 || self.activity != Activity::Running {
+                if let Some(exit) = self.look_up() {
+                    return exit;
+                }
+                continue;
+            }
+            self.step_block();
+        }
+    }
+
+    /// Execute one block, or one instruction where something must happen between instructions.
+    pub fn step_block(&mut self) {
+        // After STI or MOV SS, and while stepping or watching, one instruction at a time.
+        let single = self.shadow != Shadow::None || self.sys_flags & (TF | RF) != 0 || self.debug_armed();
+        if single {
+            self.step_single();
+            return;
+        }
+        let block = match self.find_block(false) {
+            Ok(b) => b,
+            Err(t) => return self.deliver_trap(t, None),
+        };
+        // SAFETY: the cache keeps a block until another is decoded, which no op does.
+        let ops = unsafe { &(*block).ops };
+        self.block_end = ops.as_ptr_range().end;
+        let mut op: *const Op = ops.as_ptr();
+        loop {
+            // SAFETY: `op` is inside the block: it is advanced only while below `block_end`, which is the block's end or null.
+            let r: Exec = unsafe { ((*op).run)(self, &*op) };
+            // SAFETY: as above; one past the last op at most.
+            let next = unsafe { op.add(1) };
+            match r {
+                Ok(Flow::Next) => {
+                    if next < self.block_end {
+                        op = next;
+                        continue;
+                    }
+                    self.advance(op);
+                }
+                Ok(Flow::Branch) => {}
+                Ok(Flow::EndBlock) => self.advance(op),
+                Err(t) => self.deliver_trap(t, Some(op)),
+            }
+            return;
+        }
+    }
+
+    /// Let RIP follow the op, which has not branched.
+    #[inline(always)]
+    fn advance(&mut self, op: *const Op) {
+        // SAFETY: the op belongs to a block that is still held.
+        let rip = unsafe { self.next_ip(&*op) };
+        self.regs[usize::from(RIP)] = rip;
+    }
+
+    /// Offset in CS of the instruction after `op`, truncated to the code's width.
+    #[inline(always)]
+    pub fn next_ip(&self, op: &Op) -> u64 {
+        let ip = self.regs[usize::from(RIP)].wrapping_add(u64::from(op.off) + u64::from(op.len));
+        if self.code64() { ip } else { ip & 0xffff_ffff }
+    }
+
+    /// Offset in CS of `op` itself.
+    #[inline(always)]
+    pub fn this_ip(&self, op: &Op) -> u64 {
+        self.regs[usize::from(RIP)].wrapping_add(u64::from(op.off))
+    }
+
+    /// Execute one instruction and what follows it: the end of an interrupt shadow, single step, data breakpoints.
+    fn step_single(&mut self) {
+        let shadow = std::mem::take(&mut self.shadow);
+        let stepping = self.sys_flags & TF != 0;
+        if self.debug_armed()
+            && self.sys_flags & RF == 0
+            && shadow != Shadow::MovSs
+            && self.instruction_breakpoint()
+        {
+            return;
+        }
+        let resume = self.sys_flags & RF;
+        let block = match self.find_block(true) {
+            Ok(b) => b,
+            Err(t) => return self.deliver_trap(t, None),
+        };
+        // SAFETY: as in `step_block`.
+        let op: &Op = unsafe { &(&(*block).ops)[0] };
+        self.block_end = std::ptr::null();
+        match (op.run)(self, op) {
+            Ok(Flow::Next | Flow::EndBlock) => self.advance(op),
+            Ok(Flow::Branch) => {}
+            Err(t) => return self.deliver_trap(t, Some(op)),
+        }
+        // RF lasts for one instruction, unless that instruction has just loaded it (IRET, task switch).
+        if resume != 0 && !self.loaded_rf {
+            self.sys_flags &= !RF;
+        }
+        self.loaded_rf = false;
+        let mut hits = std::mem::take(&mut self.pending_db);
+        if stepping && !std::mem::take(&mut self.no_step_trap) {
+            hits |= DR6_BS;
+        }
+        if hits != 0 {
+            if self.shadow == Shadow::MovSs {
+                // Held off until the instruction after MOV SS is done.
+                self.pending_db = hits & !DR6_BS;
+            } else {
+                self.deliver_debug(hits);
+            }
+        }
+    }
+
+    /// Deliver what `op` (or the fetch, if `None`) raised.
+    #[cold]
+    fn deliver_trap(&mut self, _: Trap, op: Option<*const Op>) {
+        if let Some(op) = op {
+            // SAFETY: the op belongs to a block that is still held.
+            let op = unsafe { &*op };
+            self.regs[usize::from(RIP)] = self.this_ip(op);
+            if self.trap.non_canonical
+                && usize::from(op.seg) == SS
+                && op.flags & crate::decode::op_flags::MEM != 0
+            {
+                self.trap.vector = ringfort_x86::Vector::StackFault as u8;
+            }
+        }
+        self.pending_db = 0;
+        self.loaded_rf = false;
+        self.no_step_trap = false;
+        let info = self.trap;
+        self.deliver_exception(info);
+    }
+}
+
+impl Cpu {
+    /// Act on requests and on states other than running; an exit if the caller is needed.
+    #[cold]
+    fn look_up(&mut self) -> Option<VcpuExit> {
+        Some(VcpuExit::Shutdown)
+    }
+}
