@@ -1,1 +1,9 @@
-//! placeholder
+//! Device models of the PC that are not virtio: interrupt controllers, timers, serial ports, the keyboard
+//! controller, ACPI power management, PCI.
+//!
+//! Every device is a plain struct that knows its registers and nothing of the host. Time, interrupts and byte
+//! streams come in as the traits of `ringfort-bus`, so each is tested against its data sheet without a machine.
+//! One device lies in one folder: model, state and tests.
+#![forbid(unsafe_code)]
+
+pub mod pci;
