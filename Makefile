@@ -1,0 +1,64 @@
+# Ringfort's two commands are `make run` and `make test`. Everything else is a part of them or a help beside them.
+.POSIX:
+.SILENT:
+.PHONY: run build test lint unit deny bench fuzz clean help
+
+CARGO = cargo
+# cargo-deny is installed below target/ when the machine has none.
+DENY_VERSION = 0.19.0
+TOOLS = $(CURDIR)/target/tools
+# The software CPU needs an optimised build to be tested in sensible time; the `ci` profile keeps its assertions.
+PROFILE = ci
+# Seconds that each fuzz target runs for.
+FUZZ_SECONDS = 60
+
+# What the default guest is built with.
+GUEST_PACKAGES = mmdebstrap e2fsprogs uidmap
+TEST_PACKAGES = $(GUEST_PACKAGES) cpio qemu-utils
+BENCH_PACKAGES = qemu-system-x86
+
+help: ## Say what there is
+	echo 'make run     build Ringfort and boot the default guest (Debian, built on first use)'
+	echo 'make test    everything that must hold: format, lints, tests, licences'
+	echo 'make bench   the same boot under Ringfort and under QEMU, compared (QEMU=path for another QEMU)'
+	echo 'make lint    format and clippy only'
+	echo 'make unit    the tests only'
+	echo 'make deny    licences, duplicate and banned crates, sources'
+	echo 'make fuzz    every fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs a nightly toolchain and cargo-fuzz)'
+
+run: build
+	scripts/need $(GUEST_PACKAGES)
+	exec target/release/ringfort run $(ARGS)
+
+build:
+	$(CARGO) build --release -p ringfort
+
+test:
+	scripts/need $(TEST_PACKAGES)
+	$(MAKE) lint
+	$(MAKE) unit
+	$(MAKE) deny
+
+lint:
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets --profile $(PROFILE) -- -D warnings
+
+unit:
+	$(CARGO) test --workspace --profile $(PROFILE)
+
+deny:
+	if command -v cargo-deny >/dev/null; then cargo-deny --workspace check licenses bans sources; else \
+	    test -x $(TOOLS)/bin/cargo-deny || \
+	        $(CARGO) install cargo-deny --locked --version $(DENY_VERSION) --root $(TOOLS) --target-dir $(TOOLS)/build; \
+	    $(TOOLS)/bin/cargo-deny --workspace check licenses bans sources; fi
+
+bench: build
+	scripts/need $(GUEST_PACKAGES) $(BENCH_PACKAGES)
+	$(CARGO) run --release -q -p ringfort-bench -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
+
+fuzz:
+	for target in $$($(CARGO) +nightly fuzz list); do \
+	    $(CARGO) +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) || exit 1; done
+
+clean:
+	$(CARGO) clean
