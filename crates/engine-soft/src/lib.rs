@@ -20,4 +20,6 @@ pub mod decode;
 pub mod interp;
 pub mod mmu;
 pub mod native;
+#[doc(hidden)]
+pub mod testing;
 pub mod vcpu;

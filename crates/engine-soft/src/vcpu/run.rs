@@ -1,6 +1,6 @@
 //! The run loop: find a block, execute its ops, and look up between blocks.
 
-use crate::cpu::{Activity, Cpu, RIP, Shadow, Trap};
+use crate::cpu::{Activity, Cpu, RIP, Shadow, Trap, TrapInfo};
 use crate::decode::{Exec, Flow, Op};
 use ringfort_engine::VcpuExit;
 use ringfort_x86::cr::DR6_BS;
@@ -134,7 +134,13 @@ impl Cpu {
 
     /// Deliver what `op` (or the fetch, if `None`) raised.
     #[cold]
-    fn deliver_trap(&mut self, _: Trap, op: Option<*const Op>) {
+    fn deliver_trap(&mut self, trap: Trap, op: Option<*const Op>) {
+        let info = self.settle_trap(trap, op);
+        self.deliver_exception(info);
+    }
+
+    /// Point RIP to the op that raised the trap, and give the trap's details.
+    fn settle_trap(&mut self, _: Trap, op: Option<*const Op>) -> TrapInfo {
         if let Some(op) = op {
             // SAFETY: the op belongs to a block that is still held.
             let op = unsafe { &*op };
@@ -149,8 +155,26 @@ impl Cpu {
         self.pending_db = 0;
         self.loaded_rf = false;
         self.no_step_trap = false;
-        let info = self.trap;
-        self.deliver_exception(info);
+        self.trap
+    }
+
+    /// For tests: execute one instruction, without debug features; what it raises comes back and is not delivered.
+    #[doc(hidden)]
+    pub fn step_undelivered(&mut self) -> Result<(), TrapInfo> {
+        self.shadow = Shadow::None;
+        let block = match self.find_block(true) {
+            Ok(b) => b,
+            Err(t) => return Err(self.settle_trap(t, None)),
+        };
+        // SAFETY: as in `step_block`.
+        let op: &Op = unsafe { &(&(*block).ops)[0] };
+        self.block_end = std::ptr::null();
+        match (op.run)(self, op) {
+            Ok(Flow::Next | Flow::EndBlock) => self.advance(op),
+            Ok(Flow::Branch) => {}
+            Err(t) => return Err(self.settle_trap(t, Some(op))),
+        }
+        Ok(())
     }
 }
 
