@@ -1,1 +1,5 @@
-//! placeholder
+//! One virtual machine: configuration, plan, build, run loop, lifecycle.
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod time;

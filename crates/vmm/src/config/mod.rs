@@ -1,0 +1,269 @@
+//! What a virtual machine is to be: one typed description that the command line, files and later the management interfaces all become.
+//!
+//! [`VmConfig::validate`] gives all errors at once, each naming its field.
+
+mod parse;
+mod size;
+
+pub use parse::ParseError;
+pub use size::{format_size, parse_size};
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::path::PathBuf;
+
+/// Least guest memory, in bytes.
+pub const MIN_MEMORY: u64 = 8 << 20;
+/// Most vCPUs of one machine.
+pub const MAX_CPUS: u32 = 16;
+/// Most disks of one machine.
+pub const MAX_DISKS: usize = 16;
+/// The longest kernel command line, in bytes without the final NUL: what Linux on x86 takes (COMMAND_LINE_SIZE - 1).
+pub const MAX_CMDLINE: usize = 2047;
+
+/// Which engine runs the vCPUs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// The best one that this host has.
+    #[default]
+    Auto,
+    /// /dev/kvm.
+    Kvm,
+    /// The software engine.
+    Soft,
+}
+
+/// What to start.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Boot {
+    /// A bzImage, an ELF kernel with a PVH note or 64-bit entry, or a multiboot image.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// The format of a disk image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// The file's bytes are the disk's.
+    Raw,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// File or block device.
+    pub path: PathBuf,
+    /// Image format; found out if not given.
+    #[serde(default)]
+    pub format: Option<DiskFormat>,
+    /// The guest may not write.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Writes go to a throw-away layer.
+    #[serde(default)]
+    pub snapshot: bool,
+    /// What the guest reads as serial number; at most 20 bytes.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Request queues; by default one per vCPU, at most 4.
+    #[serde(default)]
+    pub queues: Option<u16>,
+}
+
+/// Where the first serial port leads.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Serial {
+    /// The terminal that Ringfort was started from.
+    #[default]
+    Stdio,
+    /// Output to a file.
+    File(PathBuf),
+    /// A new pseudo-terminal, whose name is printed.
+    Pty,
+    /// A listening unix socket.
+    Unix(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+/// Network connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Net {
+    /// No network device.
+    #[default]
+    None,
+}
+
+/// A virtual machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// Its name, for people and process lists.
+    pub name: String,
+    /// Engine.
+    pub accel: Accel,
+    /// CPU model with features: `MODEL[,+feature,-feature…]`.
+    pub cpu: String,
+    /// vCPUs.
+    pub cpus: u32,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// What to start.
+    pub boot: Boot,
+    /// Disks, in order.
+    pub disks: Vec<Disk>,
+    /// First serial port.
+    pub serial: Serial,
+    /// Network.
+    pub net: Net,
+    /// End when the guest resets, instead of starting it anew.
+    pub no_reboot: bool,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        VmConfig {
+            name: "guest".into(),
+            accel: Accel::Auto,
+            cpu: "max".into(),
+            cpus: 1,
+            memory: 1 << 30,
+            boot: Boot::default(),
+            disks: Vec::new(),
+            serial: Serial::default(),
+            net: Net::None,
+            no_reboot: false,
+        }
+    }
+}
+
+/// One thing wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// The field, as in the configuration file, for instance `disks[1].path`.
+    pub field: String,
+    /// What is wrong and what to do.
+    pub what: String,
+}
+
+/// Everything wrong with a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct InvalidConfig(pub Vec<Problem>);
+
+impl fmt::Display for InvalidConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, p) in self.0.iter().enumerate() {
+            let sep = if n == 0 { "" } else { "; " };
+            write!(f, "{sep}{}: {}", p.field, p.what)?;
+        }
+        Ok(())
+    }
+}
+
+impl VmConfig {
+    /// Check everything that can be checked without touching the host's devices.
+    ///
+    /// # Errors
+    /// All problems.
+    pub fn validate(&self, host_memory: u64) -> Result<(), InvalidConfig> {
+        let mut problems = Vec::new();
+        let mut problem = |field: &str, what: String| problems.push(Problem { field: field.into(), what });
+        if self.name.is_empty()
+            || self.name.len() > 64
+            || self.name.chars().any(|c| c.is_control() || c == '/')
+        {
+            problem("name", "give 1 to 64 characters without control characters or slashes".into());
+        }
+        if self.cpus == 0 || self.cpus > MAX_CPUS {
+            problem("cpus", format!("{} vCPUs; give 1 to {MAX_CPUS}", self.cpus));
+        }
+        if self.memory < MIN_MEMORY {
+            problem(
+                "memory",
+                format!(
+                    "{} is too little; give at least {}",
+                    format_size(self.memory),
+                    format_size(MIN_MEMORY)
+                ),
+            );
+        } else if self.memory > host_memory {
+            let (want, have) = (format_size(self.memory), format_size(host_memory));
+            problem("memory", format!("{want} is more than this host has ({have}); give less"));
+        } else if !self.memory.is_multiple_of(1 << 20) {
+            problem("memory", format!("{} bytes is not a whole number of MiB", self.memory));
+        }
+        if self.boot.kernel.as_os_str().is_empty() {
+            problem("boot.kernel", "no kernel given; name one with --kernel".into());
+        }
+        if self.boot.cmdline.len() > MAX_CMDLINE {
+            problem("boot.cmdline", format!("{} bytes; at most {MAX_CMDLINE} fit", self.boot.cmdline.len()));
+        }
+        if self.boot.cmdline.contains('\0') {
+            problem("boot.cmdline", "contains a NUL byte".into());
+        }
+        if self.disks.len() > MAX_DISKS {
+            problem("disks", format!("{} disks; at most {MAX_DISKS} fit", self.disks.len()));
+        }
+        for (n, d) in self.disks.iter().enumerate() {
+            if d.serial.as_ref().is_some_and(|s| s.len() > 20 || s.contains(|c: char| c.is_control())) {
+                problem(&format!("disks[{n}].serial"), "give at most 20 printable bytes".into());
+            }
+            if d.queues.is_some_and(|q| q == 0 || q > 16) {
+                problem(&format!("disks[{n}].queues"), "give 1 to 16".into());
+            }
+            if self.disks[..n].iter().any(|o| o.path == d.path && !(o.readonly && d.readonly)) {
+                problem(
+                    &format!("disks[{n}].path"),
+                    format!("{} is given twice; a disk that is written can be used once", d.path.display()),
+                );
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(InvalidConfig(problems)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_problems_come_at_once_with_their_fields() {
+        let config = VmConfig {
+            name: "a/b".into(),
+            cpus: 0,
+            memory: 0,
+            disks: vec!["path=x,serial=123456789012345678901".parse().unwrap(), "path=x".parse().unwrap()],
+            ..VmConfig::default()
+        };
+        let InvalidConfig(p) = config.validate(1 << 34).unwrap_err();
+        let fields: Vec<&str> = p.iter().map(|p| p.field.as_str()).collect();
+        assert_eq!(fields, ["name", "cpus", "memory", "boot.kernel", "disks[0].serial", "disks[1].path"]);
+    }
+
+    #[test]
+    fn more_memory_than_the_host_has_is_refused() {
+        let mut config = VmConfig { memory: 2 << 30, ..VmConfig::default() };
+        config.boot.kernel = "k".into();
+        assert!(config.validate(1 << 30).unwrap_err().to_string().contains("this host has (1G)"));
+        assert!(config.validate(2 << 30).is_ok());
+    }
+
+    #[test]
+    fn survives_json() {
+        let config = VmConfig { serial: Serial::Unix("/run/x".into()), ..VmConfig::default() };
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&text).unwrap(), config);
+        assert!(serde_json::from_str::<VmConfig>(r#"{"memroy": 5}"#).is_err());
+    }
+}
