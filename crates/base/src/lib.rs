@@ -1,1 +1,3 @@
-//! placeholder
+//! What every Ringfort process needs of the host.
+
+pub mod pty;
