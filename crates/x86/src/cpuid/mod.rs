@@ -1,4 +1,18 @@
-//! CPUID tables.
+//! CPUID tables, the names of features, CPU models, and building a vCPU's table.
+//!
+//! Sources: Intel SDM 2A, CPUID; AMD APM 3 appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
+
+mod build;
+mod feature;
+mod model;
+mod spec;
+#[cfg(test)]
+mod tests;
+
+pub use build::{CpuBuilder, Dropped, Hypervisor, Topology};
+pub use feature::{FeatureSet, FeatureWord, Register, WORDS, canonical, feature_names};
+pub use model::{Cache, CacheKind, MODELS, Model, Vendor, find_model};
+pub use spec::{CpuSpec, SpecError};
 
 use serde::{Deserialize, Serialize};
 
@@ -31,5 +45,12 @@ impl CpuidTable {
     /// The leaf that answers (function, index), if there is one.
     pub fn find(&self, function: u32, index: u32) -> Option<&Leaf> {
         self.leaves.iter().find(|l| l.function == function && l.index.is_none_or(|i| i == index))
+    }
+}
+
+impl Leaf {
+    /// A leaf from its four results.
+    pub fn new(function: u32, index: Option<u32>, [eax, ebx, ecx, edx]: [u32; 4]) -> Leaf {
+        Leaf { function, index, eax, ebx, ecx, edx }
     }
 }
