@@ -6,4 +6,12 @@
 //! One device lies in one folder: model, state and tests.
 #![forbid(unsafe_code)]
 
+pub mod ioapic;
+pub mod line;
 pub mod pci;
+pub mod pic;
+pub mod pit;
+mod ports;
+pub mod serial;
+#[cfg(test)]
+mod testing;

@@ -147,7 +147,7 @@ impl PciBus {
             f.config_write(at, &data[range]);
         }
         // A function-level reset, at an offset that only the function knows, changes BARs as well.
-        let header_only = offset >= 0x34 && offset < 0x40;
+        let header_only = (0x34..0x40).contains(&offset);
         if !header_only && offset >= reg::COMMAND & !3 {
             self.refresh(bdf);
         }

@@ -80,7 +80,7 @@ impl MsixState {
         if vectors == 0 || vectors > 2048 {
             return bad("1 to 2048 vectors are possible");
         }
-        if layout.table_offset % 8 != 0 || layout.pba_offset % 8 != 0 {
+        if !layout.table_offset.is_multiple_of(8) || !layout.pba_offset.is_multiple_of(8) {
             return bad("offsets must be multiples of 8");
         }
         let state = MsixState { layout, vectors, sink, inner: Mutex::new(MsixSaved::new(vectors)) };
