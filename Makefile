@@ -5,7 +5,7 @@
 
 CARGO = cargo
 # cargo-deny is installed below target/ when the machine has none.
-DENY_VERSION = 0.19.0
+DENY_VERSION = 0.20.2
 TOOLS = $(CURDIR)/target/tools
 # The software CPU needs an optimised build to be tested in sensible time; the `ci` profile keeps its assertions.
 PROFILE = ci

@@ -1,3 +1,15 @@
-//! What every Ringfort process needs of the host.
+//! What every Ringfort process needs of the host: errors, an event loop, signals, the terminal, and what the host has.
+//!
+//! This is the ground floor: it knows nothing of machines or guests.
 
+pub mod error;
+pub mod event_loop;
+pub mod host;
+pub mod kvm_probe;
 pub mod pty;
+pub mod signals;
+pub mod terminal;
+
+pub use error::{Context, Error};
+pub use event_loop::{EventLoop, Handle, Interest, Ready, TimerId, Token};
+pub use terminal::RawTerminal;
