@@ -8,6 +8,7 @@ mod new;
 mod segmentation;
 mod trap;
 
+pub use exception::InterruptKind;
 pub use flags::{A_AF, A_CF, A_OF, A_PF, A_SF, A_ZF, Cond, cond};
 pub use int::Int;
 pub use trap::{Trap, TrapInfo};
@@ -190,6 +191,8 @@ pub struct Cpu {
     pub loaded_rf: bool,
     /// The current instruction suppresses the single-step trap that TF would bring after it.
     pub no_step_trap: bool,
+    /// Interrupts and time, as far as they are this thread's own.
+    pub local: crate::apic::Local,
     /// Decoded blocks.
     pub cache: crate::cache::BlockCache,
     /// Instructions that CPUID declares.

@@ -53,6 +53,7 @@ impl Cpu {
             activity: Activity::Running,
             loaded_rf: false,
             no_step_trap: false,
+            local: crate::apic::Local::new(&cpuid),
             cache: crate::cache::BlockCache::default(),
             features,
             cpuid,
@@ -109,6 +110,7 @@ impl Cpu {
             self.msrs.clear();
         }
         self.activity = Activity::Running;
+        self.apic_reset(init);
         self.mmu.flush_all();
         self.update_decode_mode();
         self.update_mmu_mode();

@@ -1,10 +1,12 @@
 //! What lies outside one vCPU: the VM it belongs to, and what other threads may ask of it.
 
+use super::time::VmTime;
 use crate::apic::Lapic;
 use crate::cache::CodeSync;
 use ringfort_engine::MachineBus;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 /// Bits of [`VcpuShared::request`].
 pub mod request {
@@ -24,6 +26,8 @@ pub mod request {
     pub const CODE_PAGES: u32 = 1 << 6;
     /// Look at the timer.
     pub const TIMER: u32 = 1 << 7;
+    /// End a HLT without an interrupt (KVM's kick hypercall).
+    pub const UNHALT: u32 = 1 << 8;
 }
 
 /// The part of a vCPU that other threads touch.
@@ -38,9 +42,9 @@ pub struct VcpuShared {
     pub asleep: AtomicBool,
     /// The local APIC's state that messages reach.
     pub lapic: Lapic,
+    /// Counters, for statistics.
+    pub counters: Counters,
     code_pages: Mutex<Vec<u64>>,
-    sleeping: Mutex<bool>,
-    wake: Condvar,
 }
 
 impl VcpuShared {
@@ -52,29 +56,27 @@ impl VcpuShared {
             sipi_vector: AtomicU32::new(0),
             asleep: AtomicBool::new(false),
             lapic: Lapic::new(apic_id),
+            counters: Counters::default(),
             code_pages: Mutex::default(),
-            sleeping: Mutex::default(),
-            wake: Condvar::new(),
         }
     }
 
     /// Set request bits and wake the vCPU if it sleeps. From any thread.
     pub fn request(&self, bits: u32) {
         let before = self.requests.fetch_or(bits, Ordering::SeqCst);
-        // Whoever set the first bit wakes; a sleeper checks `requests` under the lock before it waits.
-        if before & bits != bits && self.asleep.load(Ordering::SeqCst) {
-            let _held = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
-            self.wake.notify_all();
+        // A sleeper waits only while `requests` is zero, so whoever makes it other than zero wakes. The sleeper stores `asleep` before it
+        // looks at `requests`, and this looks at `asleep` after storing `requests`: one of the two sees the other.
+        if before == 0 && self.asleep.load(Ordering::SeqCst) {
+            futex(&self.requests, libc::FUTEX_WAKE, i32::MAX as u32, None);
         }
     }
 
     /// Sleep until a request is there, or until `timeout`. Call between `enter_sleep` and `leave_sleep`.
-    pub fn wait(&self, timeout: Option<std::time::Duration>) {
-        let guard = self.sleeping.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = |_: &mut bool| self.requests.load(Ordering::SeqCst) == 0;
-        match timeout {
-            Some(t) => drop(self.wake.wait_timeout_while(guard, t, idle)),
-            None => drop(self.wake.wait_while(guard, idle)),
+    pub fn wait(&self, timeout: Option<Duration>) {
+        // The kernel compares `requests` with zero once more before it puts the thread to sleep. Spurious returns are allowed: the caller
+        // looks again.
+        if self.requests.load(Ordering::SeqCst) == 0 {
+            futex(&self.requests, libc::FUTEX_WAIT, 0, timeout);
         }
     }
 
@@ -89,19 +91,57 @@ impl VcpuShared {
     }
 }
 
+/// One futex operation on `word`; waiting ends after `timeout`.
+fn futex(word: &AtomicU32, operation: i32, value: u32, timeout: Option<Duration>) {
+    let t = timeout.map(|t| libc::timespec {
+        tv_sec: t.as_secs().min(i32::MAX as u64) as libc::time_t,
+        tv_nsec: t.subsec_nanos().into(),
+    });
+    let t = t.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the word and the timeout live through the call. Errors (EAGAIN, EINTR, ETIMEDOUT) all mean "look again".
+    unsafe {
+        libc::syscall(libc::SYS_futex, word.as_ptr(), operation | libc::FUTEX_PRIVATE_FLAG, value, t);
+    }
+}
+
+/// Counters of one vCPU, brought up to date whenever it looks up.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Blocks decoded.
+    pub blocks: AtomicU64,
+    /// TLB misses.
+    pub tlb_misses: AtomicU64,
+    /// Interrupts taken.
+    pub interrupts: AtomicU64,
+    /// Sleeps in HLT.
+    pub sleeps: AtomicU64,
+    /// Runs ended by a kick.
+    pub kicks: AtomicU64,
+}
+
 /// What the vCPUs of one VM share.
 pub struct VmShared {
     /// The 8259's output.
     pub extint: AtomicBool,
     /// Announcements of new code pages.
     pub code_sync: CodeSync,
+    /// Time.
+    pub time: VmTime,
+    /// Whose turn it is among equals in lowest-priority delivery.
+    pub(crate) turn: AtomicU32,
     vcpus: RwLock<Vec<Arc<VcpuShared>>>,
 }
 
 impl VmShared {
     /// No vCPUs yet.
     pub fn new() -> VmShared {
-        VmShared { extint: AtomicBool::new(false), code_sync: CodeSync::default(), vcpus: RwLock::default() }
+        VmShared {
+            extint: AtomicBool::new(false),
+            code_sync: CodeSync::default(),
+            time: VmTime::new(),
+            turn: AtomicU32::new(0),
+            vcpus: RwLock::default(),
+        }
     }
 
     /// All vCPUs.

@@ -1,6 +1,15 @@
 //! The run loop, and the engine seam's `Hypervisor`, `Vm` and `Vcpu`.
 
 mod env;
+mod look_up;
+mod paravirt;
 mod run;
+mod seam;
+pub mod time;
 
-pub use env::{Env, VcpuShared, VmShared, request};
+#[cfg(test)]
+mod tests;
+
+pub use env::{Counters, Env, VcpuShared, VmShared, request};
+pub use paravirt::{Paravirt, feature, paravirt_features};
+pub use seam::{SoftHypervisor, open};

@@ -118,6 +118,9 @@ impl Cpu {
             self.sys_flags &= !RF;
         }
         self.loaded_rf = false;
+        if shadow != Shadow::None && self.shadow == Shadow::None {
+            self.interrupts_maybe();
+        }
         let mut hits = std::mem::take(&mut self.pending_db);
         if stepping && !std::mem::take(&mut self.no_step_trap) {
             hits |= DR6_BS;
@@ -175,13 +178,5 @@ impl Cpu {
             Err(t) => return Err(self.settle_trap(t, Some(op))),
         }
         Ok(())
-    }
-}
-
-impl Cpu {
-    /// Act on requests and on states other than running; an exit if the caller is needed.
-    #[cold]
-    fn look_up(&mut self) -> Option<VcpuExit> {
-        Some(VcpuExit::Shutdown)
     }
 }

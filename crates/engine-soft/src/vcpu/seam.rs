@@ -1,0 +1,239 @@
+//! The engine seam: [`SoftHypervisor`], its VMs and vCPUs.
+
+use super::env::{Env, VcpuShared, VmShared, request};
+use super::time::HostClock;
+use crate::apic::Message;
+use crate::cpu::{Activity, Cpu, RIP};
+use ringfort_engine::{
+    Capabilities, CpuState, CpuidTable, EngineError, Hypervisor, Kick, MachineBus, MpState, Vcpu, VcpuExit,
+    Vm,
+};
+use ringfort_memory::{GuestMemory, RamMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Most vCPUs of a VM: xAPIC IDs 0 to 254.
+const MAX_VCPUS: u32 = 255;
+
+/// The software engine.
+pub struct SoftHypervisor {
+    capabilities: Capabilities,
+}
+
+/// Open the software engine. Measures the host's TSC, once per process.
+///
+/// # Errors
+/// [`EngineError::Unavailable`] when the host lacks what the engine needs.
+pub fn open() -> Result<SoftHypervisor, EngineError> {
+    let clock = HostClock::get();
+    let capabilities = Capabilities {
+        max_vcpus: MAX_VCPUS,
+        software: true,
+        tsc_khz: u32::try_from(clock.hz() / 1000).unwrap_or(u32::MAX),
+        cpuid: CpuidTable::default(),
+    };
+    Ok(SoftHypervisor { capabilities })
+}
+
+impl Hypervisor for SoftHypervisor {
+    fn name(&self) -> &'static str {
+        "soft"
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn create_vm(&self, memory: GuestMemory, bus: Arc<dyn MachineBus>) -> Result<Arc<dyn Vm>, EngineError> {
+        Ok(Arc::new(SoftVm {
+            shared: Arc::new(VmShared::new()),
+            ram: RamMap::new(&memory),
+            bus,
+            creating: Mutex::default(),
+        }))
+    }
+}
+
+struct SoftVm {
+    shared: Arc<VmShared>,
+    ram: RamMap,
+    bus: Arc<dyn MachineBus>,
+    /// Serialises the making of vCPUs.
+    creating: Mutex<()>,
+}
+
+impl Vm for SoftVm {
+    fn create_vcpu(&self, apic_id: u32, cpuid: CpuidTable) -> Result<Box<dyn Vcpu>, EngineError> {
+        let _one = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
+        if apic_id >= MAX_VCPUS {
+            return Err(EngineError::Internal(format!(
+                "APIC ID {apic_id} is beyond the last one, {}",
+                MAX_VCPUS - 1
+            )));
+        }
+        if self.shared.vcpus().iter().any(|v| v.apic_id == apic_id) {
+            return Err(EngineError::Internal(format!("APIC ID {apic_id} is in use")));
+        }
+        let me = Arc::new(VcpuShared::new(apic_id));
+        // Not running yet: nobody waits for it.
+        me.asleep.store(true, Ordering::SeqCst);
+        let env = Env { bus: self.bus.clone(), vm: self.shared.clone(), me: me.clone() };
+        let mut cpu = Cpu::new(self.ram.clone(), cpuid, env);
+        cpu.activity = at_reset(apic_id);
+        let epoch = cpu.enter_sleep();
+        self.shared.add_vcpu(me);
+        Ok(Box::new(SoftVcpu { cpu, epoch, failed: None }))
+    }
+
+    fn send_msi(&self, address: u64, data: u32) {
+        if let Some(m) = Message::from_msi(address, data) {
+            self.shared.deliver(&m, None);
+        }
+    }
+
+    fn set_extint(&self, high: bool) {
+        self.shared.set_extint(high);
+    }
+
+    fn inject_nmi(&self, apic_id: u32) {
+        self.shared.inject_nmi(apic_id);
+    }
+
+    /// Returns when no vCPU can store unseen any more. Not to be called on a vCPU's thread.
+    fn set_dirty_logging(&self, on: bool) {
+        for slot in self.ram.slots() {
+            slot.tracker.set_logging(on);
+        }
+        if !on {
+            // Stores are noticed until the fast paths come back by themselves; nothing is lost.
+            return;
+        }
+        let vcpus: Vec<Arc<VcpuShared>> = self.shared.vcpus().clone();
+        for v in &vcpus {
+            v.request(request::DROP_WRITES);
+        }
+        for v in &vcpus {
+            // A sleeping one acts on it before it executes anything.
+            while v.requests.load(Ordering::SeqCst) & request::DROP_WRITES != 0
+                && !v.asleep.load(Ordering::SeqCst)
+            {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    fn statistics(&self) -> Vec<(String, u64)> {
+        let mut out = Vec::new();
+        for v in self.shared.vcpus().iter() {
+            let c = &v.counters;
+            let named = [
+                ("blocks-decoded", &c.blocks),
+                ("tlb-misses", &c.tlb_misses),
+                ("interrupts", &c.interrupts),
+                ("sleeps", &c.sleeps),
+                ("kicks", &c.kicks),
+            ];
+            out.extend(
+                named.map(|(name, n)| (format!("vcpu{}.{name}", v.apic_id), n.load(Ordering::Relaxed))),
+            );
+        }
+        out
+    }
+}
+
+/// What a vCPU does after power-on: application processors have been through the BIOS-less part of the start-up protocol and wait for
+/// a start-up message (Intel SDM 3A section 9.4.3).
+fn at_reset(apic_id: u32) -> Activity {
+    if apic_id == 0 { Activity::Running } else { Activity::Waiting(MpState::WaitForSipi) }
+}
+
+struct SoftVcpu {
+    cpu: Box<Cpu>,
+    /// What `leave_sleep` wants: between runs the vCPU counts as asleep.
+    epoch: u64,
+    /// Why it cannot go on.
+    failed: Option<String>,
+}
+
+/// Marks the vCPU as awake while it lives; as asleep again when a run ends, by a panic too.
+struct Awake<'a>(&'a mut SoftVcpu);
+
+impl<'a> Awake<'a> {
+    fn new(v: &'a mut SoftVcpu) -> Awake<'a> {
+        v.cpu.leave_sleep(v.epoch);
+        Awake(v)
+    }
+}
+
+impl Drop for Awake<'_> {
+    fn drop(&mut self) {
+        self.0.cpu.publish_counters();
+        self.0.epoch = self.0.cpu.enter_sleep();
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self) -> Result<VcpuExit, EngineError> {
+        if let Some(why) = &self.failed {
+            return Err(EngineError::Internal(why.clone()));
+        }
+        let ended = {
+            let awake = Awake::new(self);
+            let cpu = &mut awake.0.cpu;
+            // After a panic the state is only good for a report; `failed` keeps it from running again.
+            catch_unwind(AssertUnwindSafe(|| cpu.run_loop()))
+        };
+        match ended {
+            Ok(exit) => {
+                if exit == VcpuExit::Kicked {
+                    self.cpu.env.me.counters.kicks.fetch_add(1, Ordering::Relaxed);
+                }
+                Ok(exit)
+            }
+            Err(panic) => {
+                let what = panic
+                    .downcast_ref::<&str>()
+                    .map(ToString::to_string)
+                    .or_else(|| panic.downcast_ref::<String>().cloned())
+                    .unwrap_or_default();
+                let (id, cs, rip) =
+                    (self.cpu.env.me.apic_id, self.cpu.seg[1].selector, self.cpu.regs[usize::from(RIP)]);
+                let why = format!("vCPU {id} near CS:RIP {cs:#x}:{rip:#x}: {what}");
+                self.failed = Some(why.clone());
+                Err(EngineError::Internal(why))
+            }
+        }
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::new(Kicker(self.cpu.env.me.clone()))
+    }
+
+    fn state(&mut self) -> Result<CpuState, EngineError> {
+        Err(EngineError::State("this build of the engine cannot read it".into()))
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
+        let _ = state;
+        Err(EngineError::State("this build of the engine cannot set it".into()))
+    }
+
+    fn reset(&mut self) -> Result<(), EngineError> {
+        let me = &self.cpu.env.me;
+        let pending = request::INTERRUPT | request::NMI | request::INIT | request::SIPI | request::UNHALT;
+        me.requests.fetch_and(!pending, Ordering::SeqCst);
+        self.cpu.reset(false);
+        self.cpu.activity = at_reset(self.cpu.env.me.apic_id);
+        self.failed = None;
+        Ok(())
+    }
+}
+
+struct Kicker(Arc<VcpuShared>);
+
+impl Kick for Kicker {
+    fn kick(&self) {
+        self.0.request(request::KICK);
+    }
+}

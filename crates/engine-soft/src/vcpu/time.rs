@@ -1,0 +1,244 @@
+//! Time: the host's clock, and the guest's TSC as that clock plus an offset.
+//!
+//! Guest TSC = host ticks + the VM's offset + IA32_TSC_ADJUST. All vCPUs share the VM's offset, so their TSCs are equal unless the guest
+//! makes them differ, and the guest may be told that they are stable. [`Cpu::tsc_offset`] is the sum of the two.
+
+use super::env::VmShared;
+use crate::cpu::Cpu;
+use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Nanoseconds per second.
+const NS: u64 = 1_000_000_000;
+
+/// A monotonic clock that is cheap to read and the same on all host CPUs: the host's TSC, or where that is not stable the kernel's clock.
+#[derive(Debug, Clone, Copy)]
+pub struct HostClock {
+    tsc: bool,
+    hz: u64,
+}
+
+impl HostClock {
+    /// The clock of this host. Measured at the first call, which may take some 20 ms.
+    pub fn get() -> HostClock {
+        static CLOCK: OnceLock<HostClock> = OnceLock::new();
+        *CLOCK.get_or_init(|| {
+            if tsc_is_stable() {
+                HostClock { tsc: true, hz: stated_hz().unwrap_or_else(measured_hz) }
+            } else {
+                HostClock::kernel()
+            }
+        })
+    }
+
+    /// The kernel's clock, in nanoseconds.
+    fn kernel() -> HostClock {
+        HostClock { tsc: false, hz: NS }
+    }
+
+    /// Ticks since some point in the past.
+    #[inline(always)]
+    pub fn now(&self) -> u64 {
+        if self.tsc {
+            // SAFETY: RDTSC only reads the counter; every x86-64 CPU has it.
+            unsafe { _rdtsc() }
+        } else {
+            clock_ns(libc::CLOCK_MONOTONIC)
+        }
+    }
+
+    /// Ticks per second.
+    #[inline(always)]
+    pub fn hz(&self) -> u64 {
+        self.hz
+    }
+
+    /// Nanoseconds of `ticks`, rounded up, so that a sleep of them does not end early.
+    #[inline]
+    pub fn ns(&self, ticks: u64) -> u64 {
+        u64::try_from((u128::from(ticks) * u128::from(NS)).div_ceil(u128::from(self.hz))).unwrap_or(u64::MAX)
+    }
+}
+
+/// A kernel clock in nanoseconds.
+pub(super) fn clock_ns(id: libc::clockid_t) -> u64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `t` is valid for writes; the clocks used here always exist, and on failure `t` stays zero.
+    unsafe { libc::clock_gettime(id, &mut t) };
+    (t.tv_sec as u64).wrapping_mul(NS).wrapping_add(t.tv_nsec as u64)
+}
+
+/// Whether the TSC runs at one rate on all CPUs and in all power states. The kernel watches it and takes it off its list if it does not.
+fn tsc_is_stable() -> bool {
+    match std::fs::read_to_string("/sys/devices/system/clocksource/clocksource0/available_clocksource") {
+        Ok(list) => list.split_whitespace().any(|c| c == "tsc"),
+        // Without the kernel's word: the invariant-TSC bit (AMD APM 3 appendix E, leaf 8000_0007h).
+        Err(_) => __cpuid(0x8000_0000).eax >= 0x8000_0007 && __cpuid(0x8000_0007).edx >> 8 & 1 != 0,
+    }
+}
+
+/// The TSC frequency as CPUID states it: by leaf 15h (Intel SDM 2A), or the timing leaf that hypervisors share.
+fn stated_hz() -> Option<u64> {
+    let top = __cpuid(0).eax;
+    if top >= 0x15 {
+        let l = __cpuid_count(0x15, 0);
+        if l.eax != 0 && l.ebx != 0 && l.ecx != 0 {
+            return Some(u64::from(l.ecx) * u64::from(l.ebx) / u64::from(l.eax));
+        }
+    }
+    let hypervisor = __cpuid(1).ecx >> 31 != 0;
+    if hypervisor && (0x4000_0010..0x4001_0000).contains(&__cpuid(0x4000_0000).eax) {
+        let khz = __cpuid(0x4000_0010).eax;
+        return (khz != 0).then(|| u64::from(khz) * 1000);
+    }
+    None
+}
+
+/// The TSC and the kernel's raw clock at the same moment: of several tries the one that took the shortest.
+fn pair() -> (u64, u64) {
+    let mut best = (0, 0, u64::MAX);
+    for _ in 0..64 {
+        // SAFETY: as in `HostClock::now`.
+        let before = unsafe { _rdtsc() };
+        let ns = clock_ns(libc::CLOCK_MONOTONIC_RAW);
+        // SAFETY: as above.
+        let after = unsafe { _rdtsc() };
+        let took = after.wrapping_sub(before);
+        if took < best.2 {
+            best = (before.wrapping_add(took / 2), ns, took);
+        }
+    }
+    (best.0, best.1)
+}
+
+/// Measure the TSC against the kernel's raw clock for 20 ms: the error is a few parts per million.
+fn measured_hz() -> u64 {
+    let (tsc0, ns0) = pair();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let (tsc1, ns1) = pair();
+    let ticks = u128::from(tsc1.wrapping_sub(tsc0));
+    (ticks * u128::from(NS) / u128::from(ns1.wrapping_sub(ns0).max(1))).max(1) as u64
+}
+
+/// The time that a VM's vCPUs share.
+pub struct VmTime {
+    clock: HostClock,
+    /// VM's TSC minus the host's ticks.
+    offset: AtomicU64,
+}
+
+impl VmTime {
+    /// TSC zero is now.
+    pub fn new() -> VmTime {
+        let clock = HostClock::get();
+        VmTime { clock, offset: AtomicU64::new(clock.now().wrapping_neg()) }
+    }
+
+    /// The VM's TSC, without any vCPU's adjustment.
+    pub fn tsc(&self) -> u64 {
+        self.clock.now().wrapping_add(self.offset())
+    }
+
+    fn offset(&self) -> u64 {
+        self.offset.load(Ordering::SeqCst)
+    }
+
+    /// Nanoseconds since the VM's TSC was zero.
+    pub fn ns(&self) -> u64 {
+        (u128::from(self.tsc()) * u128::from(NS) / u128::from(self.clock.hz)) as u64
+    }
+
+    /// Continue from a saved TSC value (less adjustment). The values of one machine's vCPUs were read at slightly different moments and
+    /// are loaded at such: within a second they are the same clock, and the first one counts.
+    fn resume_at(&self, tsc: u64) {
+        let ahead = tsc.wrapping_sub(self.tsc()) as i64;
+        if ahead.unsigned_abs() > self.clock.hz {
+            self.offset.store(tsc.wrapping_sub(self.clock.now()), Ordering::SeqCst);
+        }
+    }
+}
+
+impl Default for VmTime {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl VmShared {
+    /// Frequency of the guest's TSC.
+    pub fn tsc_hz(&self) -> u64 {
+        self.time.clock.hz
+    }
+}
+
+impl Cpu {
+    /// The guest's TSC.
+    #[inline(always)]
+    pub fn tsc(&self) -> u64 {
+        self.local.clock.now().wrapping_add(self.tsc_offset)
+    }
+
+    /// Recompute what follows from the VM's offset and the adjustment.
+    pub(crate) fn follow_tsc(&mut self) {
+        self.tsc_offset = self.env.vm.time.offset().wrapping_add(self.local.tsc_adjust);
+        self.follow_tsc_deadline();
+        self.refresh_system_time();
+    }
+
+    /// The guest writes IA32_TSC: the adjustment moves with it (Intel SDM 3B section 18.17.3).
+    pub(crate) fn set_tsc(&mut self, v: u64) {
+        self.local.tsc_adjust = self.local.tsc_adjust.wrapping_add(v.wrapping_sub(self.tsc()));
+        self.follow_tsc();
+    }
+
+    /// The guest writes IA32_TSC_ADJUST.
+    pub(crate) fn set_tsc_adjust(&mut self, v: u64) {
+        self.local.tsc_adjust = v;
+        self.follow_tsc();
+    }
+
+    /// Load a saved TSC and IA32_TSC_ADJUST: time goes on from there, for the whole VM.
+    pub fn restore_tsc(&mut self, tsc: u64, adjust: u64) {
+        self.local.tsc_adjust = adjust;
+        self.env.vm.time.resume_at(tsc.wrapping_sub(adjust));
+        self.follow_tsc();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conversions_do_not_overflow() {
+        let c = HostClock { tsc: true, hz: 2_596_118_000 };
+        assert_eq!(c.ns(2_596_118_000), NS);
+        assert_eq!(c.ns(1), 1);
+        // 100 years.
+        let century = 100 * 365 * 86400 * 2_596_118_000u64;
+        assert_eq!(c.ns(century), 100 * 365 * 86400 * NS);
+        assert_eq!(HostClock { tsc: true, hz: 1 }.ns(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn the_clock_keeps_time_with_the_kernel() {
+        let c = HostClock::get();
+        let (t0, k0) = (c.now(), clock_ns(libc::CLOCK_MONOTONIC_RAW));
+        while clock_ns(libc::CLOCK_MONOTONIC_RAW) - k0 < 50_000_000 {
+            std::hint::spin_loop();
+        }
+        let (t1, k1) = (c.now(), clock_ns(libc::CLOCK_MONOTONIC_RAW));
+        let (ours, kernels) = (c.ns(t1 - t0) as f64, (k1 - k0) as f64);
+        // 0.5 % leaves room for being preempted between the two reads.
+        assert!((ours / kernels - 1.0).abs() < 0.005, "{ours} {kernels}");
+    }
+
+    #[test]
+    fn the_kernel_clock_counts_nanoseconds() {
+        let c = HostClock::kernel();
+        let before = c.now();
+        assert_eq!((c.hz(), c.ns(17)), (NS, 17));
+        assert!(c.now() >= before);
+    }
+}
