@@ -6,12 +6,19 @@
 //! One device lies in one folder: model, state and tests.
 #![forbid(unsafe_code)]
 
+pub mod acpi_pm;
+pub mod debug_exit;
+pub mod debugcon;
 pub mod ioapic;
 pub mod line;
 pub mod pci;
 pub mod pic;
 pub mod pit;
 mod ports;
+pub mod power;
+pub mod pvpanic;
+pub mod rtc;
 pub mod serial;
+pub mod system_port;
 #[cfg(test)]
 mod testing;

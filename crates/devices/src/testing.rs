@@ -137,3 +137,19 @@ pub(crate) fn refuses_bad_state<D: Device>(d: &mut D) {
     d.load(&good).unwrap();
     assert_eq!(d.save(), good);
 }
+
+/// Keeps power events.
+#[derive(Default)]
+pub(crate) struct Events(Mutex<Vec<crate::power::PowerEvent>>);
+
+impl Events {
+    pub(crate) fn take(&self) -> Vec<crate::power::PowerEvent> {
+        std::mem::take(&mut *lock(&self.0))
+    }
+}
+
+impl crate::power::PowerSink for Events {
+    fn event(&self, event: crate::power::PowerEvent) {
+        lock(&self.0).push(event);
+    }
+}
