@@ -1,1 +1,84 @@
-fn main() {}
+//! The `ringfort` command: parses arguments and calls the crates that do the work.
+#![forbid(unsafe_code)]
+
+mod doctor;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Virtual machines on Linux, with or without KVM.
+#[derive(Debug, Parser)]
+#[command(name = "ringfort", version, about, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Say what this host offers for virtual machines, and what to do about what is missing
+    Doctor {
+        /// Write the findings as JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    match cli.command {
+        Command::Doctor { json } => doctor::run(json),
+    }
+}
+
+/// Help and version go out as they are; a mistake is one line on standard error and exit status 2.
+fn usage(error: &clap::Error) -> ExitCode {
+    use clap::error::ErrorKind;
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp
+            | ErrorKind::DisplayVersion
+            | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+    ) {
+        let _ = error.print();
+        return ExitCode::from(u8::from(error.use_stderr()) * 2);
+    }
+    eprintln!("ringfort: {}", one_line(&error.render().to_string()));
+    ExitCode::from(2)
+}
+
+/// What clap says in several lines, on one: the message and its tip, without the usage.
+fn one_line(message: &str) -> String {
+    let text = message.split("\n\nUsage:").next().unwrap_or(message);
+    let text = text.split("\n\nFor more information").next().unwrap_or(text);
+    let words: Vec<&str> = text.trim_start_matches("error: ").split_whitespace().collect();
+    format!("{}; `ringfort --help` lists what there is", words.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parser_is_sound() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_mistake_is_told_on_one_line_that_names_it() {
+        for (args, named) in [
+            (vec!["ringfort", "doctor", "--bogus"], "--bogus"),
+            (vec!["ringfort", "doctr"], "doctr"),
+            (vec!["ringfort", "doctor", "a\nb"], "a b"),
+        ] {
+            let error = Cli::try_parse_from(args).expect_err("a mistake");
+            let line = one_line(&error.render().to_string());
+            assert!(line.contains(named) && !line.contains('\n') && !line.contains("Usage"), "{line}");
+        }
+    }
+}

@@ -6,7 +6,7 @@ mod memory;
 
 pub use cgroup::{Cgroup, cgroup};
 pub use cpu::{Cpu, CpuFeature, cpu};
-pub use memory::{Memory, memory};
+pub use memory::{Memory, Transparent, memory};
 
 use std::path::{Path, PathBuf};
 
