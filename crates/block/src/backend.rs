@@ -66,6 +66,11 @@ pub trait BlockBackend: Send + Sync {
     /// The host's: data may be lost.
     fn flush(&self) -> io::Result<()>;
 
+    /// Whether [`flush`](Self::flush) has nothing to wait for.
+    fn flush_is_quick(&self) -> bool {
+        false
+    }
+
     /// The content of a range is no longer needed; it reads as anything afterwards.
     ///
     /// # Errors
@@ -77,6 +82,15 @@ pub trait BlockBackend: Send + Sync {
     /// # Errors
     /// The host's.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+
+    /// Change the size to `size` bytes, a multiple of [`SECTOR_SIZE`]. What is new reads as zeroes.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`] when the back end cannot, or the host's.
+    fn resize(&self, size: u64) -> io::Result<()> {
+        let _ = size;
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// Check that a range lies inside a disk of `size` bytes.

@@ -9,18 +9,19 @@ use crate::{
     total_mut,
 };
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A raw image.
 pub struct Raw {
     storage: FileStorage,
-    size: u64,
+    size: AtomicU64,
 }
 
 impl Raw {
     /// The disk that `storage` is.
     pub fn new(storage: FileStorage) -> Raw {
         let size = storage.len().next_multiple_of(SECTOR_SIZE);
-        Raw { storage, size }
+        Raw { storage, size: AtomicU64::new(size) }
     }
 
     fn writable(&self) -> io::Result<()> {
@@ -33,7 +34,7 @@ impl Raw {
 
 impl BlockBackend for Raw {
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {
@@ -53,7 +54,7 @@ impl BlockBackend for Raw {
 
     fn read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<()> {
         let len = total_mut(bufs);
-        check_range(self.size, offset, len)?;
+        check_range(self.size(), offset, len)?;
         let in_file = self.storage.len().saturating_sub(offset).min(len);
         if in_file == len {
             return self.storage.read(bufs, offset);
@@ -65,7 +66,7 @@ impl BlockBackend for Raw {
 
     fn try_read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<bool> {
         let len = total_mut(bufs);
-        check_range(self.size, offset, len)?;
+        check_range(self.size(), offset, len)?;
         if self.storage.len().saturating_sub(offset) < len {
             return Ok(false);
         }
@@ -78,7 +79,7 @@ impl BlockBackend for Raw {
 
     fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
         self.writable()?;
-        check_range(self.size, offset, total(bufs))?;
+        check_range(self.size(), offset, total(bufs))?;
         self.storage.write(bufs, offset)
     }
 
@@ -88,13 +89,27 @@ impl BlockBackend for Raw {
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.writable()?;
-        check_range(self.size, offset, len)?;
+        check_range(self.size(), offset, len)?;
         self.storage.discard(offset, self.storage.len().saturating_sub(offset).min(len))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.writable()?;
-        check_range(self.size, offset, len)?;
+        check_range(self.size(), offset, len)?;
         self.storage.write_zeroes(offset, len, unmap)
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        self.writable()?;
+        if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // Growing: the file first; shrinking: nobody may look at what goes away.
+        if size < self.size() {
+            self.size.store(size, Ordering::Release);
+        }
+        self.storage.resize(size)?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 }

@@ -230,6 +230,10 @@ impl BlockBackend for Overlay {
         Ok(())
     }
 
+    fn flush_is_quick(&self) -> bool {
+        true
+    }
+
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         check_range(self.size, offset, len)?;
         let whole = self.whole_blocks(offset, len);

@@ -244,6 +244,24 @@ impl FileStorage {
         if self.read_only { Ok(()) } else { self.file.sync_data() }
     }
 
+    /// Make a file longer (with zeroes) or shorter. A block device keeps its size.
+    ///
+    /// # Errors
+    /// The host's; [`io::ErrorKind::Unsupported`] for a block device.
+    pub fn resize(&self, len: u64) -> io::Result<()> {
+        if self.block_device {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        if let Some(d) = &self.direct
+            && !len.is_multiple_of(d.align())
+        {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.file.set_len(len)?;
+        self.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
     /// Give space back where the host can; the range reads as anything, in practice zeroes.
     ///
     /// # Errors

@@ -1,0 +1,210 @@
+//! Console device with one port (virtio 1.3 section 5.3).
+
+#[cfg(test)]
+mod tests;
+
+use crate::{Queue, QueueError, Served, Signals, VirtioDevice};
+use ringfort_bus::lock;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, OnceLock};
+
+const F_SIZE: u64 = 1 << 0;
+const F_EMERG_WRITE: u64 = 1 << 2;
+
+const RX: u16 = 0;
+const TX: u16 = 1;
+
+/// Offsets in configuration space.
+const COLS_AT: u64 = 0;
+const EMERG_AT: u64 = 8;
+
+/// Bytes of input kept while the driver gives no buffers.
+const INPUT_ROOM: usize = 4096;
+/// Bytes handed to the back end at a time.
+const PIECE: usize = 4096;
+
+/// Where a console's output goes. Called on the console's I/O thread.
+pub trait ConsoleSink: Send {
+    /// Take all of `bytes`. What cannot be delivered is dropped by the sink: a console never waits for a reader.
+    fn write(&mut self, bytes: &[u8]);
+}
+
+impl<F: FnMut(&[u8]) + Send> ConsoleSink for F {
+    fn write(&mut self, bytes: &[u8]) {
+        self(bytes);
+    }
+}
+
+#[derive(Default, Clone, Serialize, Deserialize)]
+struct State {
+    cols: u16,
+    rows: u16,
+    input: VecDeque<u8>,
+}
+
+/// A console.
+pub struct Console {
+    sink: Mutex<Box<dyn ConsoleSink>>,
+    on_room: Box<dyn Fn() + Send + Sync>,
+    state: Mutex<State>,
+    signals: OnceLock<Arc<Signals>>,
+}
+
+impl Console {
+    /// A console whose output goes to `sink`. `on_room` is called (on the I/O thread) when input can be taken again
+    /// after [`input`](Self::input) took less than it was given.
+    pub fn new(sink: Box<dyn ConsoleSink>, on_room: Box<dyn Fn() + Send + Sync>) -> Console {
+        Console {
+            sink: Mutex::new(sink),
+            on_room,
+            state: Mutex::new(State { cols: 80, rows: 25, input: VecDeque::new() }),
+            signals: OnceLock::new(),
+        }
+    }
+
+    /// Bytes from the host for the guest; gives how many were taken.
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        let taken = {
+            let mut s = lock(&self.state);
+            let n = bytes.len().min(INPUT_ROOM - s.input.len().min(INPUT_ROOM));
+            s.input.extend(&bytes[..n]);
+            n
+        };
+        if taken > 0
+            && let Some(s) = self.signals.get()
+        {
+            s.kick(RX);
+        }
+        taken
+    }
+
+    /// How many bytes [`input`](Self::input) would take.
+    pub fn room(&self) -> usize {
+        INPUT_ROOM.saturating_sub(lock(&self.state).input.len())
+    }
+
+    /// The terminal has another size; tells the driver.
+    pub fn resize(&self, cols: u16, rows: u16) {
+        {
+            let mut s = lock(&self.state);
+            if (s.cols, s.rows) == (cols, rows) {
+                return;
+            }
+            (s.cols, s.rows) = (cols, rows);
+        }
+        if let Some(s) = self.signals.get() {
+            s.config_changed();
+        }
+    }
+
+    fn receive(&self, queue: &mut Queue) -> Result<Served, QueueError> {
+        loop {
+            let mut s = lock(&self.state);
+            if s.input.is_empty() {
+                return Ok(Served::Waiting);
+            }
+            let Some(chain) = queue.pop()? else { return Ok(Served::Drained) };
+            let was_full = s.input.len() >= INPUT_ROOM;
+            let n = (chain.writable().min(s.input.len() as u64)) as usize;
+            let (a, b) = s.input.as_slices();
+            let first = a.len().min(n);
+            chain.write(0, &a[..first]);
+            chain.write(first as u64, &b[..n - first]);
+            s.input.drain(..n);
+            drop(s);
+            queue.complete(chain, n as u32);
+            if was_full && n > 0 {
+                (self.on_room)();
+            }
+        }
+    }
+
+    fn transmit(&self, queue: &mut Queue) -> Result<Served, QueueError> {
+        let mut piece = [0; PIECE];
+        while let Some(chain) = queue.pop()? {
+            let mut at = 0;
+            loop {
+                let n = chain.read(at, &mut piece);
+                if n == 0 {
+                    break;
+                }
+                lock(&self.sink).write(&piece[..n]);
+                at += n as u64;
+            }
+            queue.complete(chain, 0);
+        }
+        Ok(Served::Drained)
+    }
+}
+
+impl VirtioDevice for Console {
+    fn kind(&self) -> &'static str {
+        "virtio-console"
+    }
+
+    fn device_type(&self) -> u16 {
+        3
+    }
+
+    fn pci_class(&self) -> u32 {
+        0x07_80_00
+    }
+
+    fn features(&self) -> u64 {
+        F_SIZE | F_EMERG_WRITE
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![128, 128]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let (cols, rows) = {
+            let s = lock(&self.state);
+            (s.cols, s.rows)
+        };
+        // Columns, rows, number of ports (one), emergency write.
+        let mut image = [0; 12];
+        image[COLS_AT as usize..2].copy_from_slice(&cols.to_le_bytes());
+        image[2..4].copy_from_slice(&rows.to_le_bytes());
+        image[4] = 1;
+        for (at, b) in (offset..image.len() as u64).zip(data) {
+            *b = image[at as usize];
+        }
+    }
+
+    /// Emergency write: a character without any queue (section 5.3.4).
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        if offset == EMERG_AT
+            && let Some(first) = data.first()
+        {
+            lock(&self.sink).write(&[*first]);
+        }
+    }
+
+    fn attach(&self, signals: Arc<Signals>) {
+        let _ = self.signals.set(signals);
+    }
+
+    fn service(&self, queue: &mut Queue) -> Result<Served, QueueError> {
+        match queue.index() {
+            RX => self.receive(queue),
+            TX => self.transmit(queue),
+            _ => Ok(Served::Waiting),
+        }
+    }
+
+    fn save(&self) -> Vec<u8> {
+        crate::transport::encode(&*lock(&self.state))
+    }
+
+    fn load(&self, state: &[u8]) -> Result<(), String> {
+        let saved: State = crate::transport::decode(state)?;
+        if saved.input.len() > INPUT_ROOM {
+            return Err("more input than the console keeps".into());
+        }
+        *lock(&self.state) = saved;
+        Ok(())
+    }
+}

@@ -1,0 +1,138 @@
+//! Queues at work, and the threads that serve them.
+
+use crate::queue::QueueProgress;
+use crate::{Interrupt, Queue, QueueError, Quick, Served, VirtioDevice, status};
+use ringfort_bus::lock;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use vmm_sys_util::eventfd::EventFd;
+
+/// How often a vCPU looks again for work that came while it was working, before the I/O thread takes over.
+const QUICK_ROUNDS: u32 = 4;
+
+/// One queue, its device, and what it takes to tell the driver.
+pub struct ActiveQueue {
+    queue: Mutex<Queue>,
+    device: Arc<dyn VirtioDevice>,
+    status: Arc<AtomicU8>,
+    interrupt: Arc<dyn Interrupt>,
+    kick: Arc<EventFd>,
+    fault: Arc<Mutex<Option<String>>>,
+}
+
+impl ActiveQueue {
+    pub fn new(
+        queue: Queue,
+        device: Arc<dyn VirtioDevice>,
+        status: Arc<AtomicU8>,
+        interrupt: Arc<dyn Interrupt>,
+        kick: Arc<EventFd>,
+        fault: Arc<Mutex<Option<String>>>,
+    ) -> ActiveQueue {
+        ActiveQueue { queue: Mutex::new(queue), device, status, interrupt, kick, fault }
+    }
+
+    /// One queue that is broken stops them all: the driver has to reset the device.
+    fn is_broken(&self) -> bool {
+        self.status.load(Ordering::SeqCst) & status::NEEDS_RESET != 0
+    }
+
+    fn fail(&self, queue: u16, e: QueueError) {
+        *lock(&self.fault) = Some(format!("{}: queue {queue}: {e}", self.device.kind()));
+        self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
+        self.interrupt.config();
+    }
+
+    /// Serve the queue, on its I/O thread.
+    fn serve(&self) {
+        let mut queue = lock(&self.queue);
+        while !self.is_broken() && queue.has_work() {
+            queue.disable_notifications();
+            match self.device.service(&mut queue) {
+                Err(e) => return self.fail(queue.index(), e),
+                Ok(Served::Waiting) => return,
+                Ok(Served::Drained) => {
+                    if !queue.enable_notifications() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The doorbell, on a vCPU.
+    pub fn ring(&self) {
+        // Whoever has the queue looks again before it leaves, but perhaps did so already: hence the kick.
+        if self.device.has_quick()
+            && let Ok(mut queue) = self.queue.try_lock()
+        {
+            for _ in 0..QUICK_ROUNDS {
+                if self.is_broken() {
+                    return;
+                }
+                match self.device.quick(&mut queue) {
+                    Err(e) => return self.fail(queue.index(), e),
+                    Ok(Quick::Later) => break,
+                    Ok(Quick::Done) => {
+                        if !queue.enable_notifications() {
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+        let _ = self.kick.write(1);
+    }
+
+    /// Return when nobody is at the queue.
+    pub fn wait_idle(&self) {
+        drop(lock(&self.queue));
+    }
+
+    pub fn progress(&self) -> QueueProgress {
+        lock(&self.queue).progress()
+    }
+}
+
+/// An I/O thread; ends, after the request under way, when dropped.
+pub struct Worker {
+    stop: Arc<AtomicBool>,
+    kick: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Serve `queues` whenever `kick` is written.
+    pub fn start(name: &str, kick: Arc<EventFd>, queues: Vec<Arc<ActiveQueue>>) -> io::Result<Worker> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, bell) = (stop.clone(), kick.clone());
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            // An error other than an interruption cannot happen to an open descriptor; it ends the thread.
+            loop {
+                match bell.read() {
+                    Ok(_) => {}
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(_) => return,
+                }
+                if stopped.load(Ordering::SeqCst) {
+                    return;
+                }
+                queues.iter().for_each(|q| q.serve());
+            }
+        })?;
+        Ok(Worker { stop, kick, thread: Some(thread) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let _ = self.kick.write(1);
+        if let Some(t) = self.thread.take() {
+            // A panic of the device was reported by the thread itself.
+            let _ = t.join();
+        }
+    }
+}
