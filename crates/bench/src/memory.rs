@@ -1,0 +1,77 @@
+//! Memory of a process, from `/proc` (proc(5)).
+
+use serde::Serialize;
+
+/// Memory of a VMM, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// Most that was resident at any time so far.
+    pub peak: u64,
+    /// Resident now, outside the mappings that hold the guest's RAM.
+    pub beyond_guest: u64,
+}
+
+/// Memory of process `pid`, whose guest has `ram` bytes.
+pub fn of(pid: u32, ram: u64) -> Option<Memory> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    Some(Memory { peak: kib_field(&status, "VmHWM:")?, beyond_guest: beyond_guest(&smaps, ram) })
+}
+
+fn kib_field(text: &str, name: &str) -> Option<u64> {
+    let value = text.lines().find_map(|l| l.strip_prefix(name))?;
+    value.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// Sum of the resident sizes of all mappings but those of the guest's RAM. Its mapping is as large as the RAM itself, and
+/// nothing else of a VMM that holds much is near that; adjoining pieces of one mapping that differ in their flags (as a
+/// guest's RAM with a protected page does) are taken together.
+fn beyond_guest(smaps: &str, ram: u64) -> u64 {
+    let mut runs: Vec<(u64, u64, u64)> = Vec::new(); // start, end, resident
+    let mut run_inode = "";
+    for line in smaps.lines() {
+        if let Some((start, end, inode)) = header(line) {
+            match runs.last_mut() {
+                Some(last) if last.1 == start && run_inode == inode => last.1 = end,
+                _ => runs.push((start, end, 0)),
+            }
+            run_inode = inode;
+        } else if let (Some(kib), Some(last)) = (kib_field(line, "Rss:"), runs.last_mut()) {
+            last.2 += kib;
+        }
+    }
+    runs.iter().filter(|(start, end, _)| end - start < ram / 10 * 9).map(|(_, _, rss)| rss).sum()
+}
+
+/// Start, end and inode from a line such as `7f00-7f01 rw-p 00000000 00:00 0 [heap]`.
+fn header(line: &str) -> Option<(u64, u64, &str)> {
+    let mut fields = line.split_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let inode = fields.nth(3)?;
+    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?, inode))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_ram_is_told_from_the_rest() {
+        let smaps = "\
+00400000-00500000 r-xp 00000000 08:01 77 /usr/bin/vmm\nSize: 1024 kB\nRss: 600 kB\n\
+7f0000000000-7f0010000000 rw-p 00000000 00:00 0 \nRss: 1000 kB\n\
+7f0010000000-7f0010001000 r--p 00000000 00:00 0 \nRss: 4 kB\n\
+7f0010001000-7f0020000000 rw-p 00000000 00:00 0 \nRss: 2000 kB\n\
+7f0030000000-7f0030100000 rw-p 00000000 00:00 0 \nRss: 40 kB\nPss: 9 kB\n";
+        assert_eq!(beyond_guest(smaps, 512 << 20), 640 << 10);
+        assert_eq!(beyond_guest("", 512 << 20), 0);
+        assert_eq!(header("Rss:  12 kB"), None);
+    }
+
+    #[test]
+    fn this_process_has_memory() {
+        let m = of(std::process::id(), 1 << 40).expect("own memory");
+        assert!(m.peak > 0 && m.beyond_guest > 0 && m.beyond_guest <= m.peak + (16 << 20));
+        assert_eq!(of(u32::MAX, 1), None);
+    }
+}
