@@ -237,7 +237,7 @@ impl Cpu {
         unsafe { ptr::copy_nonoverlapping(host.add(offset as usize), bytes.as_mut_ptr(), left) };
         let mut ops: Vec<Op> = Vec::with_capacity(16);
         let mut used = 0;
-        let mut decoder = decode::decoder(bytes, mode);
+        let mut decoder = decode::decoder(bytes, mode, self.decode_options);
         while ops.len() < most {
             let off = decoder.position();
             match decode::next(&mut decoder) {
@@ -322,7 +322,7 @@ impl Cpu {
         }
         let mut have = here;
         if here < 15 && (here as u64) < limit {
-            let mut d = decode::decoder(&buf[..here], self.mode);
+            let mut d = decode::decoder(&buf[..here], self.mode, self.decode_options);
             if matches!(decode::next(&mut d), Fetched::Incomplete) {
                 let next = self.fetch_translate((lin | 0xfff).wrapping_add(1))?;
                 have = (limit.min(15)) as usize;
@@ -343,7 +343,7 @@ impl Cpu {
     }
 
     fn decode_one(&mut self, bytes: &[u8], limit: u64) -> Result<Op, Trap> {
-        let mut d = decode::decoder(bytes, self.mode);
+        let mut d = decode::decoder(bytes, self.mode, self.decode_options);
         match decode::next(&mut d) {
             Fetched::Instruction(i) => {
                 let len = i.len().max(1).min(bytes.len());

@@ -197,6 +197,8 @@ pub struct Cpu {
     pub cache: crate::cache::BlockCache,
     /// Instructions that CPUID declares.
     pub features: crate::decode::FeatureSet,
+    /// How it decodes where CPUs differ; see [`options`](crate::decode::options).
+    pub decode_options: u32,
     /// CPUID's answers.
     pub cpuid: CpuidTable,
     /// Everything outside this vCPU.

@@ -56,6 +56,7 @@ impl Cpu {
             local: crate::apic::Local::new(&cpuid),
             cache: crate::cache::BlockCache::default(),
             features,
+            decode_options: crate::decode::options(&cpuid),
             cpuid,
             env,
         });

@@ -2,7 +2,8 @@
 
 use super::Mode;
 use crate::cpu::CodeSize;
-use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+use ringfort_engine::CpuidTable;
 
 /// One decoding step.
 pub enum Fetched {
@@ -14,14 +15,40 @@ pub enum Fetched {
     TooLong,
 }
 
+/// How the CPU that `cpuid` describes decodes, where CPUs differ: an iced option set for [`decoder`].
+pub fn options(cpuid: &CpuidTable) -> u32 {
+    // What 0F 0D and 0F 18 to 0F 1F encode is a hint or belongs to extensions that are never offered (MPX, CET): then it is a NOP.
+    let mut o = DecoderOptions::FORCE_RESERVED_NOP;
+    let leaf = |f, i| cpuid.find(f, i).copied();
+    let vendor = leaf(0, 0).map(|l| [l.ebx, l.edx, l.ecx].map(u32::to_le_bytes).concat());
+    if vendor.is_some_and(|v| v == b"AuthenticAMD" || v == b"HygonGenuine") {
+        // 66h narrows near branches in 64-bit code; LOCK MOV CR0 is CR8.
+        o |= DecoderOptions::AMD;
+    }
+    // The prefixes of TZCNT and LZCNT mean nothing to a CPU without them.
+    if leaf(7, 0).is_none_or(|l| l.ebx >> 3 & 1 == 0) {
+        o |= DecoderOptions::NO_MPFX_0FBC;
+    }
+    if leaf(0x8000_0001, 0).is_none_or(|l| l.ecx >> 5 & 1 == 0) {
+        o |= DecoderOptions::NO_MPFX_0FBD;
+    }
+    if leaf(0x8000_0008, 0).is_none_or(|l| l.ebx >> 9 & 1 == 0) {
+        o |= DecoderOptions::NO_WBNOINVD;
+    }
+    if leaf(0x8000_0001, 0).is_none_or(|l| l.ecx & 1 == 0) {
+        o |= DecoderOptions::NO_LAHF_SAHF_64;
+    }
+    o
+}
+
 /// A decoder for `bytes` in `mode`, addresses counted from 0.
-pub fn decoder(bytes: &[u8], mode: Mode) -> Decoder<'_> {
+pub fn decoder(bytes: &[u8], mode: Mode, options: u32) -> Decoder<'_> {
     let bits = match mode.code {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
         CodeSize::Bits64 => 64,
     };
-    Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE)
+    Decoder::with_ip(bits, bytes, 0, options)
 }
 
 /// Take the next instruction.
@@ -44,25 +71,15 @@ pub(super) fn address_size(i: &Instruction, mode: Mode) -> u8 {
             OpKind::Memory => {
                 let reg = if i.memory_base() != Register::None { i.memory_base() } else { i.memory_index() };
                 return match reg {
-                    Register::None => match i.memory_displ_size() {
-                        2 => 2,
-                        4 if mode.code != CodeSize::Bits64 => 4,
-                        // A 32-bit displacement without registers in 64-bit code: sign-extended 64-bit, or zero-extended with a 67h
-                        // prefix; iced has folded the difference into the displacement's value.
-                        _ => match mode.code {
-                            CodeSize::Bits16 => 2,
-                            CodeSize::Bits32 => 4,
-                            CodeSize::Bits64 => 8,
-                        },
-                    },
+                    // No register (moffs, or a displacement alone): iced gives the displacement's size, 8 for a 32-bit one that is
+                    // extended to 64 bits.
+                    Register::None => i.memory_displ_size() as u8,
                     Register::RIP => 8,
                     Register::EIP => 4,
                     r if r.is_gpr() => r.size() as u8,
                     // VSIB without a base.
-                    _ => match mode.code {
-                        CodeSize::Bits64 => 8,
-                        _ => 4,
-                    },
+                    _ if i.memory_displ_size() == 8 => 8,
+                    _ => 4,
                 };
             }
             _ => {}
@@ -75,9 +92,38 @@ pub(super) fn address_size(i: &Instruction, mode: Mode) -> u8 {
     }
 }
 
-/// Operand size in bytes as prefixes and mode give it, for handlers whose operands do not show it (PUSH, RET, string operations...): 2,
-/// 4 or 8, taken from the suffix of iced's `Code` where the instruction has explicit register or memory operands.
+/// Operand size in bytes: of the data that IN, OUT and string instructions move; as prefixes and mode give it for what has no
+/// operands that show it (PUSH of an immediate, ENTER, far RET, IRET...); else that of the first general register, or of memory.
 pub(super) fn operand_size(i: &Instruction, mode: Mode) -> u8 {
+    use Code::*;
+    match i.code() {
+        Enterw_imm16_imm8 | Leavew | Iretw | Retfw | Retfw_imm16 | Pushfw | Popfw | Pushaw | Popaw => {
+            return 2;
+        }
+        Enterd_imm16_imm8 | Leaved | Iretd | Retfd | Retfd_imm16 | Pushfd | Popfd | Pushad | Popad => {
+            return 4;
+        }
+        Enterq_imm16_imm8 | Leaveq | Iretq | Retfq | Retfq_imm16 | Pushfq | Popfq => return 8,
+        _ => {}
+    }
+    match i.mnemonic() {
+        Mnemonic::In => return i.op0_register().size() as u8,
+        Mnemonic::Out => return i.op1_register().size() as u8,
+        Mnemonic::Push | Mnemonic::Pop | Mnemonic::Call | Mnemonic::Ret
+            if i.stack_pointer_increment() != 0 =>
+        {
+            return match i.code() {
+                Retnw_imm16 => 2,
+                Retnd_imm16 => 4,
+                Retnq_imm16 => 8,
+                _ => i.stack_pointer_increment().unsigned_abs() as u8,
+            };
+        }
+        _ => {}
+    }
+    if i.is_string_instruction() {
+        return i.memory_size().size() as u8;
+    }
     for n in 0..i.op_count() {
         if i.op_kind(n) == OpKind::Register {
             let r = i.op_register(n);

@@ -8,10 +8,11 @@ mod features;
 mod fetch;
 
 pub use features::FeatureSet;
-pub use fetch::{Fetched, decoder, next};
+pub use fetch::{Fetched, decoder, next, options};
 
 use crate::cpu::{CodeSize, Cpu, RIP, Trap, ZERO};
 use iced_x86::{Instruction, OpKind, Register};
+use ringfort_x86::segment::CS;
 
 /// What a handler says about how execution goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -272,7 +273,8 @@ fn generic(i: &Instruction, off: u16, mode: Mode) -> Op {
     op.flags |= match (mode.code, addr_size) {
         (CodeSize::Bits64, 8) if seg_is_plain => FLAT,
         (CodeSize::Bits64, 4) if seg_is_plain => FLAT32,
-        (CodeSize::Bits32, 4) if seg_is_plain && mode.flat => FLAT32,
+        // A code segment is not writable, and perhaps not readable.
+        (CodeSize::Bits32, 4) if seg_is_plain && op.seg != CS as u8 && mode.flat => FLAT32,
         _ => 0,
     };
     op.flags |= match addr_size {

@@ -134,6 +134,92 @@ fn by_width<O: Binary>(ctx: &Ctx<'_>) -> Handler {
     }
 }
 
+/// A one-operand ALU operation.
+trait Unary {
+    /// The result; `flags` in [`Cpu::arith`] form, in and out.
+    fn apply<T: Int>(a: T, flags: &mut u16) -> T;
+}
+
+macro_rules! unary {
+    ($name:ident, $mnemonic:literal) => {
+        struct $name;
+        impl Unary for $name {
+            #[inline(always)]
+            fn apply<T: Int>(a: T, flags: &mut u16) -> T {
+                let mut r = a.to_u64();
+                let mut f = u64::from(*flags);
+                // CF first: INC and DEC keep it.
+                // SAFETY: register-only arithmetic.
+                unsafe {
+                    match T::SIZE {
+                        1 => asm!("bt eax, 8", concat!($mnemonic, " {r:l}"), "lahf", "seto al",
+                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
+                        2 => asm!("bt eax, 8", concat!($mnemonic, " {r:x}"), "lahf", "seto al",
+                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
+                        4 => asm!("bt eax, 8", concat!($mnemonic, " {r:e}"), "lahf", "seto al",
+                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
+                        _ => asm!("bt eax, 8", concat!($mnemonic, " {r}"), "lahf", "seto al",
+                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
+                    }
+                }
+                *flags = f as u16;
+                T::from_u64(r)
+            }
+        }
+    };
+}
+
+unary!(Inc, "inc");
+unary!(Dec, "dec");
+unary!(Neg, "neg");
+
+struct Not;
+impl Unary for Not {
+    #[inline(always)]
+    fn apply<T: Int>(a: T, _: &mut u16) -> T {
+        T::from_u64(!a.to_u64())
+    }
+}
+
+fn unary_reg<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let a = cpu.reg::<T>(op.dst);
+    let r = O::apply(a, &mut cpu.arith);
+    cpu.set_reg(op.dst, r);
+    Ok(Flow::Next)
+}
+
+fn unary_mem<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Write)?;
+    let before = cpu.arith;
+    let mut flags = before;
+    if op.flags & op_flags::LOCK == 0 {
+        cpu.modify::<T>(lin, |a| O::apply(a, &mut flags))?;
+    } else {
+        cpu.modify_locked::<T>(lin, |a| {
+            flags = before;
+            O::apply(a, &mut flags)
+        })?;
+    }
+    cpu.arith = flags;
+    Ok(Flow::Next)
+}
+
+fn one<O: Unary>(ctx: &Ctx<'_>) -> Handler {
+    if ctx.mem(0) { width!(ctx.width(0), unary_mem, O) } else { width!(ctx.width(0), unary_reg, O) }
+}
+
+/// The sum as ADD makes it, flags included.
+#[inline(always)]
+pub(super) fn add<T: Int>(a: T, b: T, flags: &mut u16) -> T {
+    Add::apply(a, b, flags)
+}
+
+/// The flags of CMP `a`, `b`.
+#[inline(always)]
+pub(super) fn compare<T: Int>(a: T, b: T, flags: &mut u16) {
+    Cmp::apply(a, b, flags);
+}
+
 pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
     Some(match ctx.i.mnemonic() {
         Mnemonic::Add => by_width::<Add>(ctx),
@@ -145,6 +231,10 @@ pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
         Mnemonic::Xor => by_width::<Xor>(ctx),
         Mnemonic::Cmp => by_width::<Cmp>(ctx),
         Mnemonic::Test => by_width::<Test>(ctx),
+        Mnemonic::Inc => one::<Inc>(ctx),
+        Mnemonic::Dec => one::<Dec>(ctx),
+        Mnemonic::Neg => one::<Neg>(ctx),
+        Mnemonic::Not => one::<Not>(ctx),
         _ => return None,
     })
 }

@@ -212,6 +212,25 @@ impl Cpu {
         self.pieces(lin, len, Access::Read, self.mmu.access_mode).map(drop)
     }
 
+    /// Let `f` change `len` bytes at `lin`, which do not cross a page, through their host address; `None` if they are no RAM. For atomic
+    /// accesses wider than a register.
+    ///
+    /// # Errors
+    /// As [`Cpu::store`], without #AC.
+    pub fn update_in_ram<R>(
+        &mut self,
+        lin: u64,
+        len: usize,
+        f: impl FnOnce(*mut u8) -> R,
+    ) -> Result<Option<R>, Trap> {
+        let p = self.pieces(lin, len, Access::Write, self.mmu.access_mode)?;
+        let (Some(host), None) = (p.first.host, p.second) else { return Ok(None) };
+        let r = f(host);
+        self.wrote(p.first.gpa);
+        self.check_watch(lin, len, Access::Write);
+        Ok(Some(r))
+    }
+
     /// Load for the CPU itself (descriptor tables, TSS, interrupt stacks): supervisor access whatever the CPL.
     ///
     /// # Errors

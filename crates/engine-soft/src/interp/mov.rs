@@ -1,0 +1,303 @@
+//! Data moves: MOV in all general-register forms, extensions, LEA, CMOVcc, SETcc, BSWAP, MOVBE, XLAT, sign conversions of the
+//! accumulator, and moves to and from single flags.
+
+use crate::cpu::{A_CF, A_OF, Cpu, Int, cond, gpr};
+use crate::decode::{Ctx, Exec, Flow, Handler, Op};
+use crate::mmu::Access;
+use iced_x86::{Mnemonic, OpKind};
+use ringfort_x86::flags::DF;
+
+fn mov_reg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let v = cpu.reg::<T>(op.src);
+    cpu.set_reg(op.dst, v);
+    Ok(Flow::Next)
+}
+
+fn mov_reg_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    cpu.set_reg(op.dst, T::from_u64(op.imm));
+    Ok(Flow::Next)
+}
+
+fn mov_reg_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Read)?;
+    let v = cpu.load::<T>(lin)?;
+    cpu.set_reg(op.dst, v);
+    Ok(Flow::Next)
+}
+
+fn mov_mem_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Write)?;
+    cpu.store(lin, cpu.reg::<T>(op.src))?;
+    Ok(Flow::Next)
+}
+
+fn mov_mem_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Write)?;
+    cpu.store(lin, T::from_u64(op.imm))?;
+    Ok(Flow::Next)
+}
+
+fn mov(ctx: &Ctx<'_>) -> Option<Handler> {
+    let i = ctx.i;
+    for n in 0..2 {
+        if ctx.is_reg(n) && !i.op_register(n).is_gpr() {
+            return None; // segment, control and debug registers
+        }
+    }
+    let w = ctx.width(0);
+    Some(match (i.op0_kind(), i.op1_kind()) {
+        (OpKind::Register, OpKind::Register) => width!(w, mov_reg_reg),
+        (OpKind::Register, OpKind::Memory) => width!(w, mov_reg_mem),
+        (OpKind::Memory, OpKind::Register) => width!(w, mov_mem_reg),
+        (OpKind::Memory, _) => width!(w, mov_mem_imm),
+        _ => width!(w, mov_reg_imm),
+    })
+}
+
+/// Widen `S` to `D`.
+#[inline(always)]
+fn widen<const SIGNED: bool, S: Int, D: Int>(v: S) -> D {
+    D::from_u64(if SIGNED { v.to_i64() as u64 } else { v.to_u64() })
+}
+
+fn extend_reg<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let v = cpu.reg::<S>(op.src);
+    cpu.set_reg(op.dst, widen::<SIGNED, S, D>(v));
+    Ok(Flow::Next)
+}
+
+fn extend_mem<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, S::SIZE, Access::Read)?;
+    let v = cpu.load::<S>(lin)?;
+    cpu.set_reg(op.dst, widen::<SIGNED, S, D>(v));
+    Ok(Flow::Next)
+}
+
+fn extend<const SIGNED: bool>(ctx: &Ctx<'_>) -> Handler {
+    fn from<const SIGNED: bool, S: Int>(ctx: &Ctx<'_>) -> Handler {
+        match (ctx.mem(1), ctx.width(0)) {
+            (false, 2) => extend_reg::<SIGNED, S, u16>,
+            (false, 4) => extend_reg::<SIGNED, S, u32>,
+            (false, _) => extend_reg::<SIGNED, S, u64>,
+            (true, 2) => extend_mem::<SIGNED, S, u16>,
+            (true, 4) => extend_mem::<SIGNED, S, u32>,
+            (true, _) => extend_mem::<SIGNED, S, u64>,
+        }
+    }
+    match ctx.width(1) {
+        1 => from::<SIGNED, u8>(ctx),
+        2 => from::<SIGNED, u16>(ctx),
+        _ => from::<SIGNED, u32>(ctx),
+    }
+}
+
+fn lea<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let ea = cpu.truncate(op, cpu.effective(op));
+    cpu.set_reg(op.dst, T::from_u64(ea));
+    Ok(Flow::Next)
+}
+
+fn bswap<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let v = cpu.reg::<T>(op.dst);
+    cpu.set_reg(op.dst, swapped(v));
+    Ok(Flow::Next)
+}
+
+/// BSWAP with a 16-bit operand is undefined; the CPUs at hand clear the register's low half.
+fn bswap16(cpu: &mut Cpu, op: &Op) -> Exec {
+    cpu.set_reg(op.dst, 0u16);
+    Ok(Flow::Next)
+}
+
+#[inline(always)]
+fn swapped<T: Int>(v: T) -> T {
+    T::from_u64(v.to_u64().swap_bytes() >> (64 - T::BITS))
+}
+
+fn movbe_load<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Read)?;
+    let v = cpu.load::<T>(lin)?;
+    cpu.set_reg(op.dst, swapped(v));
+    Ok(Flow::Next)
+}
+
+fn movbe_store<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Write)?;
+    cpu.store(lin, swapped(cpu.reg::<T>(op.src)))?;
+    Ok(Flow::Next)
+}
+
+fn cmov_reg<const C: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let at = if cond::<C>(cpu.arith) { op.src } else { op.dst };
+    // Written in any case: a 32-bit destination loses its upper half even when the condition is false.
+    let v = cpu.reg::<T>(at);
+    cpu.set_reg(op.dst, v);
+    Ok(Flow::Next)
+}
+
+fn cmov_mem<const C: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, T::SIZE, Access::Read)?;
+    let v = cpu.load::<T>(lin)?;
+    let v = if cond::<C>(cpu.arith) { v } else { cpu.reg::<T>(op.dst) };
+    cpu.set_reg(op.dst, v);
+    Ok(Flow::Next)
+}
+
+fn set_reg<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let v = u8::from(cond::<C>(cpu.arith));
+    cpu.set_reg(op.dst, v);
+    Ok(Flow::Next)
+}
+
+fn set_mem<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let lin = cpu.linear(op, 1, Access::Write)?;
+    cpu.store(lin, u8::from(cond::<C>(cpu.arith)))?;
+    Ok(Flow::Next)
+}
+
+/// CBW, CWDE, CDQE: the lower half of the accumulator, sign-extended.
+fn extend_accumulator<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
+    match T::SIZE {
+        2 => cpu.set_reg(0, cpu.reg::<u8>(0).to_i64() as u16),
+        4 => cpu.set_reg(0, cpu.reg::<u16>(0).to_i64() as u32),
+        _ => cpu.set_reg(0, cpu.reg::<u32>(0).to_i64() as u64),
+    }
+    Ok(Flow::Next)
+}
+
+/// CWD, CDQ, CQO: the accumulator's sign to all of rDX.
+fn sign_to_dx<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
+    let sign = (cpu.reg::<T>(0).to_i64() >> 63) as u64;
+    cpu.set_reg(gpr::RDX as u8 * 8, T::from_u64(sign));
+    Ok(Flow::Next)
+}
+
+fn xlat(cpu: &mut Cpu, op: &Op) -> Exec {
+    use crate::decode::op_flags::{FLAT, FLAT32};
+    let ea = cpu.truncate(op, cpu.regs[gpr::RBX].wrapping_add(cpu.regs[gpr::RAX] & 0xff));
+    let lin =
+        if op.flags & (FLAT | FLAT32) != 0 { ea } else { cpu.segmented(op.seg.into(), ea, 1, Access::Read)? };
+    let v = cpu.load::<u8>(lin)?;
+    cpu.set_reg(0, v);
+    Ok(Flow::Next)
+}
+
+fn salc(cpu: &mut Cpu, _: &Op) -> Exec {
+    let v = if cpu.cf() { 0xffu8 } else { 0 };
+    cpu.set_reg(0, v);
+    Ok(Flow::Next)
+}
+
+fn lahf(cpu: &mut Cpu, _: &Op) -> Exec {
+    let v = (cpu.arith >> 8) as u8;
+    cpu.set_reg(1, v);
+    Ok(Flow::Next)
+}
+
+fn sahf(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.arith = u16::from(cpu.reg::<u8>(1) & 0xd5 | 2) << 8 | cpu.arith & A_OF;
+    Ok(Flow::Next)
+}
+
+fn clc(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.arith &= !A_CF;
+    Ok(Flow::Next)
+}
+
+fn stc(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.arith |= A_CF;
+    Ok(Flow::Next)
+}
+
+fn cmc(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.arith ^= A_CF;
+    Ok(Flow::Next)
+}
+
+fn cld(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.sys_flags &= !DF;
+    Ok(Flow::Next)
+}
+
+fn std(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.sys_flags |= DF;
+    Ok(Flow::Next)
+}
+
+pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
+    use Mnemonic as M;
+    let w = ctx.width(0);
+    let cc = (ctx.i.condition_code() as u8).wrapping_sub(1);
+    Some(match ctx.i.mnemonic() {
+        M::Mov => return mov(ctx),
+        M::Movzx => extend::<false>(ctx),
+        M::Movsx | M::Movsxd => extend::<true>(ctx),
+        M::Lea => wide!(w, lea),
+        M::Movnti => wide!(w, mov_mem_reg),
+        M::Bswap if w == 2 => bswap16,
+        M::Bswap => wide!(w, bswap),
+        M::Movbe if ctx.mem(0) => wide!(w, movbe_store),
+        M::Movbe => wide!(w, movbe_load),
+        M::Cmovo
+        | M::Cmovno
+        | M::Cmovb
+        | M::Cmovae
+        | M::Cmove
+        | M::Cmovne
+        | M::Cmovbe
+        | M::Cmova
+        | M::Cmovs
+        | M::Cmovns
+        | M::Cmovp
+        | M::Cmovnp
+        | M::Cmovl
+        | M::Cmovge
+        | M::Cmovle
+        | M::Cmovg => match (ctx.mem(1), w) {
+            (false, 2) => condition!(cc, cmov_reg, u16),
+            (false, 4) => condition!(cc, cmov_reg, u32),
+            (false, _) => condition!(cc, cmov_reg, u64),
+            (true, 2) => condition!(cc, cmov_mem, u16),
+            (true, 4) => condition!(cc, cmov_mem, u32),
+            (true, _) => condition!(cc, cmov_mem, u64),
+        },
+        M::Seto
+        | M::Setno
+        | M::Setb
+        | M::Setae
+        | M::Sete
+        | M::Setne
+        | M::Setbe
+        | M::Seta
+        | M::Sets
+        | M::Setns
+        | M::Setp
+        | M::Setnp
+        | M::Setl
+        | M::Setge
+        | M::Setle
+        | M::Setg => {
+            if ctx.mem(0) {
+                condition!(cc, set_mem)
+            } else {
+                condition!(cc, set_reg)
+            }
+        }
+        M::Cbw => extend_accumulator::<u16>,
+        M::Cwde => extend_accumulator::<u32>,
+        M::Cdqe => extend_accumulator::<u64>,
+        M::Cwd => sign_to_dx::<u16>,
+        M::Cdq => sign_to_dx::<u32>,
+        M::Cqo => sign_to_dx::<u64>,
+        M::Xlatb => xlat,
+        M::Salc => salc,
+        M::Lahf => lahf,
+        M::Sahf => sahf,
+        M::Clc => clc,
+        M::Stc => stc,
+        M::Cmc => cmc,
+        M::Cld => cld,
+        M::Std => std,
+        _ => return None,
+    })
+}
