@@ -8,9 +8,11 @@ pub const PORT: u16 = 0x402;
 pub const PRESENT: u8 = 0xe9;
 const KIND: &str = "debugcon";
 
+type Sink = Box<dyn FnMut(&[u8]) + Send>;
+
 /// Bytes go to a sink as they come.
 pub struct DebugCon {
-    sink: Box<dyn FnMut(&[u8]) + Send>,
+    sink: Sink,
 }
 
 impl DebugCon {

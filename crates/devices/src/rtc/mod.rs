@@ -132,7 +132,7 @@ impl Rtc {
     }
 
     fn encode(&self, v: u8) -> u8 {
-        if self.state.cmos[B] & b::BINARY != 0 { v } else { v / 10 << 4 | v % 10 }
+        if self.state.cmos[B] & b::BINARY != 0 { v } else { (v / 10) << 4 | (v % 10) }
     }
 
     fn decode(&self, v: u8) -> u8 {
@@ -143,7 +143,10 @@ impl Rtc {
         if self.state.cmos[B] & b::HOURS_24 != 0 {
             return self.encode(h);
         }
-        let twelve = if h % 12 == 0 { 12 } else { h % 12 };
+        let twelve = match h % 12 {
+            0 => 12,
+            h => h,
+        };
         self.encode(twelve) | if h >= 12 { 0x80 } else { 0 }
     }
 

@@ -119,12 +119,16 @@ fn update_and_alarm_interrupts() {
     r.r(0x0c);
     // 00:00:10 exactly; then every minute at :05.
     r.w(0x0b, 0x22);
-    (r.w(5, 0), r.w(3, 0), r.w(1, 0x10));
+    for (i, v) in [(5, 0), (3, 0), (1, 0x10)] {
+        r.w(i, v);
+    }
     r.pass(7_999_999_999);
     assert_eq!((r.r(0x0c), r.r(0)), (0x50, 0x09), "updates are flagged though not enabled");
     r.pass(1);
     assert_eq!(r.r(0x0c), 0xf0);
-    (r.w(5, 0xff), r.w(3, 0xc0), r.w(1, 0x05));
+    for (i, v) in [(5, 0xff), (3, 0xc0), (1, 0x05)] {
+        r.w(i, v);
+    }
     r.wire.take_edges();
     for _ in 0..3 {
         r.pass(60_000_000_000);
