@@ -208,5 +208,5 @@ pub static MODELS: [Model; 8] = [
 /// The model of this name or alias; case does not matter.
 pub fn find_model(name: &str) -> Option<&'static Model> {
     let same = |n: &&str| n.eq_ignore_ascii_case(name);
-    MODELS.iter().find(|m| same(&m.name) || m.aliases.iter().any(|a| same(a)))
+    MODELS.iter().find(|m| same(&m.name) || m.aliases.iter().any(same))
 }
