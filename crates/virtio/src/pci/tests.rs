@@ -450,7 +450,7 @@ fn a_hammer_on_all_registers_leaves_a_usable_device() {
                 8..11 => m.function.bar_write(BAR, NOTIFY_AT + rng.u64(..4) * 4, &[0, 0]),
                 11 => _ = m.memory.write_slice(&value.to_le_bytes(), GuestAddress(rng.u64(..0xff000))),
                 12 => m.function.bar_write(BAR, 0x1c, &1u16.to_le_bytes()),
-                13 => _ = m.function.bar_read(BAR, ISR_AT, &mut [0]),
+                13 => m.function.bar_read(BAR, ISR_AT, &mut [0]),
                 _ => m.function.bar_write(BAR, rng.u64(..16) * 4, &value.to_le_bytes()[..4]),
             }
         }

@@ -252,6 +252,11 @@ impl Queue {
         self.progress.next_avail = self.progress.next_avail.wrapping_sub(1);
     }
 
+    /// Whether the queue hands out work: the machine is not paused, and the driver allows DMA.
+    pub fn is_open(&self) -> bool {
+        self.gate.is_open()
+    }
+
     /// Whether a chain is waiting (what [`pop`](Self::pop) would look at).
     pub fn has_work(&self) -> bool {
         self.gate.is_open()

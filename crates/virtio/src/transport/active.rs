@@ -48,7 +48,8 @@ impl ActiveQueue {
     /// Serve the queue, on its I/O thread.
     fn serve(&self) {
         let mut queue = lock(&self.queue);
-        while !self.is_broken() && queue.has_work() {
+        // Also without new chains: the device may have been kicked for something that it holds.
+        while !self.is_broken() && queue.is_open() {
             queue.disable_notifications();
             match self.device.service(&mut queue) {
                 Err(e) => return self.fail(queue.index(), e),
