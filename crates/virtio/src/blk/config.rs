@@ -12,8 +12,10 @@ pub const WRITEBACK_AT: u64 = 32;
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Most sectors of one discard or write-zeroes range: 2 GiB.
 pub const MAX_RANGE_SECTORS: u32 = 1 << 22;
-/// Most ranges in one discard or write-zeroes request.
-pub const MAX_RANGES: u32 = 256;
+/// Most ranges in one discard request.
+pub const MAX_DISCARD_RANGES: u32 = 256;
+/// Most ranges in one write-zeroes request: few, since a host may have to write each of them out.
+pub const MAX_ZERO_RANGES: u32 = 16;
 
 /// The space as the driver sees it.
 pub fn fields(disk: &Blk) -> [u8; CONFIG_LEN] {
@@ -32,12 +34,12 @@ pub fn fields(disk: &Blk) -> [u8; CONFIG_LEN] {
     put(34, &disk.queues.to_le_bytes());
     if writable && limits.discard {
         put(36, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(40, &MAX_RANGES.to_le_bytes());
+        put(40, &MAX_DISCARD_RANGES.to_le_bytes());
         put(44, &(limits.discard_granularity / SECTOR_SIZE as u32).max(1).to_le_bytes());
     }
     if writable {
         put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(52, &MAX_RANGES.to_le_bytes());
+        put(52, &MAX_ZERO_RANGES.to_le_bytes());
         put(56, &[u8::from(limits.discard)]);
     }
     c

@@ -1,6 +1,6 @@
 //! One request (virtio 1.3 section 5.2.6).
 
-use super::config::{MAX_RANGE_SECTORS, MAX_RANGES};
+use super::config::{MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_ZERO_RANGES};
 use super::{Blk, F_DISCARD, F_WRITE_ZEROES, SECTOR_SIZE, SERIAL_LEN};
 use crate::{Chain, QueueError};
 use std::io;
@@ -142,7 +142,8 @@ impl<'a> Request<'a> {
             return if backend.read_only() { Outcome::IoError } else { Outcome::Unsupported };
         }
         let count = self.out_len / RANGE_LEN;
-        if !self.out_len.is_multiple_of(RANGE_LEN) || count == 0 || count > u64::from(MAX_RANGES) {
+        let most = if discard { MAX_DISCARD_RANGES } else { MAX_ZERO_RANGES };
+        if !self.out_len.is_multiple_of(RANGE_LEN) || count == 0 || count > u64::from(most) {
             return Outcome::IoError;
         }
         // All are checked before the first is done.

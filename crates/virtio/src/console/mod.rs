@@ -5,6 +5,7 @@ mod tests;
 
 use crate::{Queue, QueueError, Served, Signals, VirtioDevice};
 use ringfort_bus::lock;
+use ringfort_devices::serial::SerialSink;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -24,41 +25,32 @@ const INPUT_ROOM: usize = 4096;
 /// Bytes handed to the back end at a time.
 const PIECE: usize = 4096;
 
-/// Where a console's output goes. Called on the console's I/O thread.
-pub trait ConsoleSink: Send {
-    /// Take all of `bytes`. What cannot be delivered is dropped by the sink: a console never waits for a reader.
-    fn write(&mut self, bytes: &[u8]);
-}
-
-impl<F: FnMut(&[u8]) + Send> ConsoleSink for F {
-    fn write(&mut self, bytes: &[u8]) {
-        self(bytes);
-    }
-}
-
 #[derive(Default, Clone, Serialize, Deserialize)]
 struct State {
     cols: u16,
     rows: u16,
     input: VecDeque<u8>,
+    /// Bytes of the next output buffer that the sink took already.
+    sent: u64,
 }
 
 /// A console.
 pub struct Console {
-    sink: Mutex<Box<dyn ConsoleSink>>,
+    sink: Mutex<Box<dyn SerialSink>>,
     on_room: Box<dyn Fn() + Send + Sync>,
     state: Mutex<State>,
     signals: OnceLock<Arc<Signals>>,
 }
 
 impl Console {
-    /// A console whose output goes to `sink`. `on_room` is called (on the I/O thread) when input can be taken again
+    /// A console whose output goes to `sink`, on the console's I/O thread; when the sink takes less than it was given,
+    /// call [`transmit_ready`](Self::transmit_ready) once it has room again. `on_room` is called (on the I/O thread) when input can be taken again
     /// after [`input`](Self::input) took less than it was given.
-    pub fn new(sink: Box<dyn ConsoleSink>, on_room: Box<dyn Fn() + Send + Sync>) -> Console {
+    pub fn new(sink: Box<dyn SerialSink>, on_room: Box<dyn Fn() + Send + Sync>) -> Console {
         Console {
             sink: Mutex::new(sink),
             on_room,
-            state: Mutex::new(State { cols: 80, rows: 25, input: VecDeque::new() }),
+            state: Mutex::new(State { cols: 80, rows: 25, input: VecDeque::new(), sent: 0 }),
             signals: OnceLock::new(),
         }
     }
@@ -82,6 +74,13 @@ impl Console {
     /// How many bytes [`input`](Self::input) would take.
     pub fn room(&self) -> usize {
         INPUT_ROOM.saturating_sub(lock(&self.state).input.len())
+    }
+
+    /// The sink has room again.
+    pub fn transmit_ready(&self) {
+        if let Some(s) = self.signals.get() {
+            s.kick(TX);
+        }
     }
 
     /// The terminal has another size; tells the driver.
@@ -123,14 +122,17 @@ impl Console {
     fn transmit(&self, queue: &mut Queue) -> Result<Served, QueueError> {
         let mut piece = [0; PIECE];
         while let Some(chain) = queue.pop()? {
-            let mut at = 0;
-            loop {
+            let mut at = std::mem::take(&mut lock(&self.state).sent);
+            while at < chain.readable() {
                 let n = chain.read(at, &mut piece);
-                if n == 0 {
-                    break;
+                let taken = lock(&self.sink).write(&piece[..n]).min(n);
+                at += taken as u64;
+                if taken < n {
+                    // The chain stays the driver's next one, so that saved state needs no more than the position.
+                    lock(&self.state).sent = at;
+                    queue.undo_pop(chain);
+                    return Ok(Served::Waiting);
                 }
-                lock(&self.sink).write(&piece[..n]);
-                at += n as u64;
             }
             queue.complete(chain, 0);
         }
@@ -179,8 +181,13 @@ impl VirtioDevice for Console {
         if offset == EMERG_AT
             && let Some(first) = data.first()
         {
+            // A sink without room loses it: there is nothing to wait for.
             lock(&self.sink).write(&[*first]);
         }
+    }
+
+    fn reset(&self) {
+        lock(&self.state).sent = 0;
     }
 
     fn attach(&self, signals: Arc<Signals>) {

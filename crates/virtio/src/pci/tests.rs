@@ -1,4 +1,5 @@
 use super::*;
+use crate::balloon::{Balloon, BalloonOptions, HostRelease};
 use crate::rng::Rng;
 use crate::testing::Ring;
 use crate::{feature, status};
@@ -393,8 +394,9 @@ fn a_saved_function_goes_on_in_another_machine() {
     assert_eq!(other.messages.wait(1)[0].data, 0x41);
     assert_eq!(ring.take_used(), Some((1, 32)));
 
-    let console = crate::console::Console::new(Box::new(|_: &[u8]| {}), Box::new(|| {}));
-    let wrong = Machine::new(Arc::new(console), ring.memory.clone());
+    let other_ram = Arc::new(RamMap::new(&ring.memory));
+    let balloon = Balloon::new(BalloonOptions::default(), Arc::new(HostRelease::new(other_ram)));
+    let wrong = Machine::new(Arc::new(balloon), ring.memory.clone());
     assert!(wrong.bus.load(&sections).is_err());
     let mut spoiled = sections[0].clone();
     for i in 0..spoiled.body.len() {
