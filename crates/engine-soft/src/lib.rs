@@ -16,6 +16,7 @@
 pub mod apic;
 pub mod cache;
 pub mod cpu;
+pub mod cpuid;
 pub mod decode;
 pub mod interp;
 pub mod mmu;

@@ -48,7 +48,7 @@ impl Cpu {
 
     /// The host address for an access of `size` bytes at `lin` if the TLB allows it at once.
     #[inline(always)]
-    fn probe(&self, lin: u64, size: usize, write: bool) -> Option<*mut u8> {
+    pub(crate) fn probe(&self, lin: u64, size: usize, write: bool) -> Option<*mut u8> {
         let index = (lin >> 12) as usize % TLB_ENTRIES;
         // SAFETY: `tlb` points to TLB_ENTRIES entries of the current set.
         let e = unsafe { &*self.mmu.tlb.add(index) };

@@ -26,12 +26,20 @@ pub struct SoftHypervisor {
 /// # Errors
 /// [`EngineError::Unavailable`] when the host lacks what the engine needs.
 pub fn open() -> Result<SoftHypervisor, EngineError> {
+    if !crate::native::available() {
+        return Err(EngineError::Unavailable {
+            engine: "soft",
+            reason:
+                "the host refuses executable shared memory (memfd with PROT_EXEC); allow it for this process"
+                    .into(),
+        });
+    }
     let clock = HostClock::get();
     let capabilities = Capabilities {
         max_vcpus: MAX_VCPUS,
         software: true,
         tsc_khz: u32::try_from(clock.hz() / 1000).unwrap_or(u32::MAX),
-        cpuid: CpuidTable::default(),
+        cpuid: crate::cpuid::offered().clone(),
     };
     Ok(SoftHypervisor { capabilities })
 }
@@ -162,6 +170,7 @@ struct Awake<'a>(&'a mut SoftVcpu);
 impl<'a> Awake<'a> {
     fn new(v: &'a mut SoftVcpu) -> Awake<'a> {
         v.cpu.leave_sleep(v.epoch);
+        v.cpu.fpu_load();
         Awake(v)
     }
 }
@@ -169,6 +178,7 @@ impl<'a> Awake<'a> {
 impl Drop for Awake<'_> {
     fn drop(&mut self) {
         self.0.cpu.publish_counters();
+        self.0.cpu.fpu_save();
         self.0.epoch = self.0.cpu.enter_sleep();
     }
 }
