@@ -1,16 +1,25 @@
 //! One vCPU's state, and what the architecture does with it.
 
+mod control;
+mod cpuid;
 mod debug;
 mod exception;
 mod flags;
 mod int;
+mod msr;
 mod new;
 mod segmentation;
+mod stack;
+mod task;
+mod transfer;
 mod trap;
 
+pub use control::ControlMasks;
 pub use exception::InterruptKind;
 pub use flags::{A_AF, A_CF, A_OF, A_PF, A_SF, A_ZF, Cond, cond};
 pub use int::Int;
+pub use segmentation::canonical;
+pub use task::TaskCause;
 pub use trap::{Trap, TrapInfo};
 
 use crate::mmu::Mmu;
@@ -193,6 +202,14 @@ pub struct Cpu {
     pub no_step_trap: bool,
     /// Interrupts and time, as far as they are this thread's own.
     pub local: crate::apic::Local,
+    /// EXT bit of error codes: set while an interrupt or exception is being delivered.
+    pub ext: u32,
+    /// The CPU model is an AMD (or Hygon) one: decides where vendors differ.
+    pub amd: bool,
+    /// What the CPU model makes of control registers.
+    pub masks: ControlMasks,
+    /// PAUSEs since the last offer of the core.
+    pub pauses: u32,
     /// Decoded blocks.
     pub cache: crate::cache::BlockCache,
     /// Instructions that CPUID declares.
@@ -295,7 +312,7 @@ impl Cpu {
         let cs = &self.seg[CS];
         self.code_size = if self.long_mode() && cs.long() {
             CodeSize::Bits64
-        } else if cs.db() && !self.real_segments() {
+        } else if cs.db() {
             CodeSize::Bits32
         } else {
             CodeSize::Bits16

@@ -54,6 +54,10 @@ impl Cpu {
             loaded_rf: false,
             no_step_trap: false,
             local: crate::apic::Local::new(&cpuid),
+            ext: 0,
+            amd: super::cpuid::is_amd(&cpuid),
+            masks: ControlMasks::from_cpuid(&cpuid),
+            pauses: 0,
             cache: crate::cache::BlockCache::default(),
             features,
             decode_options: crate::decode::options(&cpuid),
@@ -92,6 +96,7 @@ impl Cpu {
         self.dr6 = DR6_FIXED;
         self.dr7 = DR7_FIXED;
         self.pending_db = 0;
+        self.update_watched();
         self.shadow = Shadow::None;
         self.nmi_blocked = false;
         self.cpl = 0;

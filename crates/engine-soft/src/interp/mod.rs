@@ -68,6 +68,7 @@ mod muldiv;
 mod shift;
 mod stack;
 mod string;
+mod system;
 #[cfg(test)]
 mod tests;
 
@@ -75,7 +76,8 @@ use crate::decode::{Ctx, Handler};
 
 /// The handler for an integer or system instruction.
 pub fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
-    mov::lower(ctx)
+    system::lower(ctx)
+        .or_else(|| mov::lower(ctx))
         .or_else(|| alu::lower(ctx))
         .or_else(|| branch::lower(ctx))
         .or_else(|| stack::lower(ctx))

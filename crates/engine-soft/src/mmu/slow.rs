@@ -235,11 +235,9 @@ impl Cpu {
     ///
     /// # Errors
     /// #PF, or #GP(0) for a non-canonical address.
+    #[inline]
     pub fn load_system<T: Int>(&mut self, lin: u64) -> Result<T, Trap> {
-        let mut buf = [0; 8];
-        let p = self.pieces(lin, T::SIZE, Access::Read, self.system_mode())?;
-        self.read_pieces(&p, &mut buf[..T::SIZE]);
-        Ok(T::from_u64(u64::from_le_bytes(buf)))
+        self.load_as(lin, self.system_mode())
     }
 
     /// Store for the CPU itself; see [`Cpu::load_system`].
@@ -247,9 +245,7 @@ impl Cpu {
     /// # Errors
     /// #PF, or #GP(0) for a non-canonical address.
     pub fn store_system<T: Int>(&mut self, lin: u64, v: T) -> Result<(), Trap> {
-        let p = self.pieces(lin, T::SIZE, Access::Write, self.system_mode())?;
-        self.write_pieces(&p, &v.to_u64().to_le_bytes()[..T::SIZE]);
-        Ok(())
+        self.store_bytes_as(lin, &v.to_u64().to_le_bytes()[..T::SIZE], self.system_mode())
     }
 
     /// Fault as [`Cpu::store_system`] of `len` bytes would.
@@ -257,12 +253,96 @@ impl Cpu {
     /// # Errors
     /// #PF, or #GP(0) for a non-canonical address.
     pub fn probe_write_system(&mut self, lin: u64, len: usize) -> Result<(), Trap> {
-        let m = self.system_mode();
+        self.probe_write_as(lin, len, self.system_mode())
+    }
+
+    /// Load with the rights of access mode `m`.
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    #[inline]
+    pub fn load_as<T: Int>(&mut self, lin: u64, m: usize) -> Result<T, Trap> {
+        if let Some(p) = self.mmu.hit(m, lin, T::SIZE, false) {
+            // SAFETY: a TLB hit means that the bytes lie in one mapped RAM page.
+            return Ok(unsafe { p.cast::<T>().read_unaligned() });
+        }
+        let mut buf = [0; 8];
+        let p = self.pieces(lin, T::SIZE, Access::Read, m)?;
+        self.read_pieces(&p, &mut buf[..T::SIZE]);
+        Ok(T::from_u64(u64::from_le_bytes(buf)))
+    }
+
+    /// Load `buf.len()` bytes (at most a page) with the rights of access mode `m`.
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    #[inline]
+    pub fn load_bytes_as(&mut self, lin: u64, buf: &mut [u8], m: usize) -> Result<(), Trap> {
+        if let Some(p) = self.mmu.hit(m, lin, buf.len(), false) {
+            // SAFETY: as in `load_as`.
+            unsafe { std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), buf.len()) };
+            return Ok(());
+        }
+        let p = self.pieces(lin, buf.len(), Access::Read, m)?;
+        self.read_pieces(&p, buf);
+        Ok(())
+    }
+
+    /// Store `data` (at most a page) with the rights of access mode `m`. Faults before anything is stored.
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    #[inline]
+    pub fn store_bytes_as(&mut self, lin: u64, data: &[u8], m: usize) -> Result<(), Trap> {
+        if let Some(p) = self.mmu.hit(m, lin, data.len(), true) {
+            // SAFETY: as in `load_as`; the write tag stands only for RAM whose stores need no notice.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), p, data.len()) };
+            return Ok(());
+        }
+        let p = self.pieces(lin, data.len(), Access::Write, m)?;
+        self.write_pieces(&p, data);
+        Ok(())
+    }
+
+    /// Fault as [`Cpu::store_bytes_as`] of `len` bytes would.
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    pub fn probe_write_as(&mut self, lin: u64, len: usize, m: usize) -> Result<(), Trap> {
         self.pieces(lin, len, Access::Write, m).map(drop)
     }
 
+    /// Atomically change one byte for the CPU itself (a descriptor's type).
+    ///
+    /// # Errors
+    /// #PF, or #GP(0) for a non-canonical address.
+    pub fn modify_system(&mut self, lin: u64, mut f: impl FnMut(u8) -> u8) -> Result<(), Trap> {
+        let p = self.pieces(lin, 1, Access::Write, self.system_mode())?;
+        if let Some(host) = p.first.host {
+            atomic_update(host, f);
+            self.wrote(p.first.gpa);
+            self.check_watch(lin, 1, Access::Write);
+            return Ok(());
+        }
+        let mut b = [0];
+        self.read_pieces(&p, &mut b);
+        self.write_pieces(&p, &[f(b[0])]);
+        Ok(())
+    }
+
+    /// The access mode of ordinary accesses at privilege level `cpl` with RFLAGS as they are.
+    pub fn mode_at(&self, cpl: u8) -> usize {
+        if cpl == 3 {
+            mode::USER
+        } else if self.cr4 & CR4_SMAP != 0 && (self.sys_flags & AC == 0 || self.cpl == 3) {
+            mode::SUPERVISOR
+        } else {
+            mode::SUPERVISOR_USER
+        }
+    }
+
     /// Access mode of implicit supervisor accesses: SMAP applies to them whatever AC says at CPL 3 (Intel SDM 3A section 4.6.1).
-    fn system_mode(&self) -> usize {
+    pub(crate) fn system_mode(&self) -> usize {
         if self.cpl == 3 && self.cr4 & CR4_SMAP != 0 {
             mode::SUPERVISOR
         } else if self.cpl == 3 {
@@ -280,13 +360,7 @@ impl Cpu {
     /// Follow a change of CPL, RFLAGS.AC, RFLAGS.VM, CR0.PG or CR4.SMAP: choose the TLB set. Cheap.
     #[inline]
     pub fn update_mmu_mode(&mut self) {
-        let m = if self.cpl == 3 {
-            mode::USER
-        } else if self.cr4 & CR4_SMAP != 0 && self.sys_flags & AC == 0 {
-            mode::SUPERVISOR
-        } else {
-            mode::SUPERVISOR_USER
-        };
+        let m = self.mode_at(self.cpl);
         if m != self.mmu.access_mode {
             self.mmu.set_access_mode(m);
         }

@@ -280,6 +280,16 @@ impl Mmu {
 }
 
 impl Mmu {
+    /// The host address for an access of `size` bytes at `lin` in access mode `m` if the TLB allows it at once.
+    #[inline]
+    pub fn hit(&self, m: usize, lin: u64, size: usize, write: bool) -> Option<*mut u8> {
+        let e = &self.slots[self.slot].sets[m].entries[(lin >> 12) as usize % TLB_ENTRIES];
+        let page = lin.wrapping_add(size as u64 - 1) & !0xfff;
+        let tag = if write { e.write } else { e.read };
+        // Both ends, as `size` may be more than what two neighbouring pages' tags can tell apart.
+        (page == tag && lin & !0xfff == tag).then(|| lin.wrapping_add(e.addend) as *mut u8)
+    }
+
     /// The physical address of a fetch at `lin`, if the TLB has it.
     #[inline]
     pub fn fetch_hit(&self, lin: u64) -> Option<u64> {

@@ -108,6 +108,9 @@ impl Cpu {
         // SAFETY: as in `step_block`.
         let op: &Op = unsafe { &(&(*block).ops)[0] };
         self.block_end = std::ptr::null();
+        // Instructions that ran outside single steps may have left these behind.
+        self.loaded_rf = false;
+        self.no_step_trap = false;
         match (op.run)(self, op) {
             Ok(Flow::Next | Flow::EndBlock) => self.advance(op),
             Ok(Flow::Branch) => {}
