@@ -94,6 +94,9 @@ impl FileStorage {
         // The name may mean another file by now; what was opened counts.
         let meta = file.metadata().map_err(|e| BlockError::host(path, "cannot examine", e))?;
         let block_device = meta.file_type().is_block_device();
+        if !block_device && !meta.is_file() {
+            return Err(BlockError::NotAnImage(path.into()));
+        }
         let (len, sector, physical) = if block_device {
             block_device_facts(&file, options.read_only).map_err(|e| match e.kind() {
                 io::ErrorKind::PermissionDenied => {

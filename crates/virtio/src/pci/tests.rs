@@ -178,6 +178,39 @@ impl Machine {
         ring
     }
 
+    /// Set queue 0 up over whatever memory holds and offer random requests; how many came back at once.
+    fn random_requests(&self, rng: &mut fastrand::Rng) -> u16 {
+        let put = |at: u64, v: u64, len: usize| self.function.bar_write(BAR, at, &v.to_le_bytes()[..len]);
+        self.bus.config_write(AT, reg::COMMAND, &7u16.to_le_bytes());
+        [0, 3].into_iter().for_each(|v| put(0x14, v, 1));
+        [(8, 1), (12, 1), (8, 0), (12, 0x3000_7e44)].into_iter().for_each(|(at, v)| put(at, v, 4));
+        put(0x14, 0xb, 1);
+        put(0x16, 0, 2);
+        put(0x18, 16, 2);
+        let mut ring = Ring::new(&self.memory, 0x1000, 16);
+        ring.start_at(0);
+        let areas = [(0x20, ring.layout.desc), (0x28, ring.layout.avail), (0x30, ring.layout.used)];
+        areas.into_iter().for_each(|(at, v)| put(at, v, 8));
+        put(0x1c, 1, 2);
+        put(0x14, 0xf, 1);
+        for _ in 0..rng.u8(1..6) {
+            let mut header = [0; 16];
+            header[0] = [0, 1, 4, 8, 11, 13, 99][rng.usize(..7)];
+            header[8] = rng.u8(..);
+            let _ = self.memory.write_slice(&header, GuestAddress(0x8000));
+            let wild = if rng.u8(..8) == 0 { rng.u64(..) } else { rng.u64(..0x80) * 512 };
+            let data = (wild, rng.u32(..64) * 256, rng.bool());
+            if data.2 {
+                ring.add(&[(0x8000, 16, false), data, (0x9000, 1, true)]);
+            } else {
+                ring.add(&[(0x8000, 16, false), data, (0x9000, rng.u32(..3), true)]);
+            }
+            put(NOTIFY_AT, 0, 2);
+        }
+        // Data may have gone over the rings: any index is possible then.
+        ring.used_index().min(6)
+    }
+
     fn bytes(&self, at: u64) -> [u8; 32] {
         let mut b = [0; 32];
         self.memory.read_slice(&mut b, GuestAddress(at)).unwrap();
@@ -250,11 +283,16 @@ fn without_msix_the_line_rises_and_reading_isr_lowers_it() {
 #[test]
 fn a_broken_ring_sets_needs_reset_and_tells_by_the_config_vector() {
     let m = Machine::rng();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let log = told.clone();
+    m.function.core().set_log(move |text| lock(&log).push(text.to_owned()));
     let ring = m.drive(true);
     ring.set_avail_index(500);
     m.write(NOTIFY_AT, 2, 0);
     assert_eq!(m.messages.wait(1)[0].data, 0x40);
     assert_eq!(m.read(0x14, 1), 0x4f);
+    let text = "virtio-rng: queue 0: available index 500 is more than the queue's size ahead of 0";
+    assert_eq!(*lock(&told), [text]);
     // The driver cannot take the bit back, only reset.
     m.write(0x14, 1, 0xf);
     assert_eq!(m.read(0x14, 1), 0x4f);
@@ -419,6 +457,7 @@ fn a_hammer_on_all_registers_leaves_a_usable_device() {
         let options = crate::blk::BlkOptions { queues: n, ..Default::default() };
         Arc::new(crate::blk::Blk::new(memory, &options).unwrap()) as Arc<dyn VirtioDevice>
     };
+    let mut served = 0u32;
     for seed in 0..12 {
         let mut rng = fastrand::Rng::with_seed(seed);
         let memory = ringfort_memory::allocate(&[(0, 1 << 20)]).unwrap();
@@ -453,6 +492,7 @@ fn a_hammer_on_all_registers_leaves_a_usable_device() {
                 11 => _ = m.memory.write_slice(&value.to_le_bytes(), GuestAddress(rng.u64(..0xff000))),
                 12 => m.function.bar_write(BAR, 0x1c, &1u16.to_le_bytes()),
                 13 => m.function.bar_read(BAR, ISR_AT, &mut [0]),
+                14 => served += u32::from(m.random_requests(&mut rng)),
                 _ => m.function.bar_write(BAR, rng.u64(..16) * 4, &value.to_le_bytes()[..4]),
             }
         }
@@ -462,6 +502,7 @@ fn a_hammer_on_all_registers_leaves_a_usable_device() {
         m.function.load(&state).unwrap();
         assert_eq!(m.read(0x14, 1), 0);
     }
+    assert!(served > 100, "only {served} requests came through");
 }
 
 #[test]

@@ -5,12 +5,43 @@ use crate::{Interrupt, Queue, QueueError, Quick, Served, VirtioDevice, status};
 use ringfort_bus::lock;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 /// How often a vCPU looks again for work that came while it was working, before the I/O thread takes over.
 const QUICK_ROUNDS: u32 = 4;
+
+/// Where remarks about a guest's doings go.
+pub type Log = Box<dyn Fn(&str) + Send + Sync>;
+
+/// Why a device needs a reset, in words.
+#[derive(Default)]
+pub struct Fault {
+    text: Mutex<Option<String>>,
+    log: OnceLock<Log>,
+}
+
+impl Fault {
+    pub fn set_log(&self, log: Log) {
+        let _ = self.log.set(log);
+    }
+
+    pub fn note(&self, text: String) {
+        if let Some(log) = self.log.get() {
+            log(&text);
+        }
+        *lock(&self.text) = Some(text);
+    }
+
+    pub fn clear(&self) {
+        *lock(&self.text) = None;
+    }
+
+    pub fn text(&self) -> Option<String> {
+        lock(&self.text).clone()
+    }
+}
 
 /// One queue, its device, and what it takes to tell the driver.
 pub struct ActiveQueue {
@@ -19,7 +50,7 @@ pub struct ActiveQueue {
     status: Arc<AtomicU8>,
     interrupt: Arc<dyn Interrupt>,
     kick: Arc<EventFd>,
-    fault: Arc<Mutex<Option<String>>>,
+    fault: Arc<Fault>,
 }
 
 impl ActiveQueue {
@@ -29,7 +60,7 @@ impl ActiveQueue {
         status: Arc<AtomicU8>,
         interrupt: Arc<dyn Interrupt>,
         kick: Arc<EventFd>,
-        fault: Arc<Mutex<Option<String>>>,
+        fault: Arc<Fault>,
     ) -> ActiveQueue {
         ActiveQueue { queue: Mutex::new(queue), device, status, interrupt, kick, fault }
     }
@@ -40,8 +71,8 @@ impl ActiveQueue {
     }
 
     fn fail(&self, queue: u16, e: QueueError) {
-        *lock(&self.fault) = Some(format!("{}: queue {queue}: {e}", self.device.kind()));
         self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
+        self.fault.note(format!("{}: queue {queue}: {e}", self.device.kind()));
         self.interrupt.config();
     }
 

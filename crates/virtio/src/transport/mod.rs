@@ -6,7 +6,7 @@ mod tests;
 
 use crate::queue::{Gate, QueueLayout, QueueProgress};
 use crate::{Grouping, Interrupt, Queue, Signals, VirtioDevice, feature, status};
-use active::{ActiveQueue, Worker};
+use active::{ActiveQueue, Fault, Worker};
 use ringfort_bus::lock;
 use ringfort_memory::RamMap;
 use serde::{Deserialize, Serialize};
@@ -78,7 +78,7 @@ pub struct Core {
     interrupt: Arc<dyn Interrupt>,
     limits: Vec<u16>,
     status: Arc<AtomicU8>,
-    fault: Arc<Mutex<Option<String>>>,
+    fault: Arc<Fault>,
     regs: Mutex<Regs>,
     life: Mutex<Lifecycle>,
     lanes: Vec<RwLock<Option<Arc<ActiveQueue>>>>,
@@ -139,7 +139,12 @@ impl Core {
 
     /// What made the device need a reset, in words.
     pub fn fault(&self) -> Option<String> {
-        lock(&self.fault).clone()
+        self.fault.text()
+    }
+
+    /// Tell `log`, once each time, why the device needs a reset: one line. Only the first log given counts.
+    pub fn set_log(&self, log: impl Fn(&str) + Send + Sync + 'static) {
+        self.fault.set_log(Box::new(log));
     }
 
     /// The driver rings a queue's doorbell. Unknown and inactive queues are ignored.
@@ -254,8 +259,8 @@ impl Core {
     }
 
     fn break_down(&self, why: &str) {
-        *lock(&self.fault) = Some(format!("{}: {why}", self.device.kind()));
         self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
+        self.fault.note(format!("{}: {why}", self.device.kind()));
         self.interrupt.config();
     }
 
@@ -288,7 +293,7 @@ impl Core {
         self.deactivate();
         self.device.reset();
         self.clear_regs(&mut regs);
-        *lock(&self.fault) = None;
+        self.fault.clear();
         self.status.store(0, Ordering::SeqCst);
     }
 
@@ -524,7 +529,7 @@ impl Core {
         regs.queue_select = s.queue_select;
         regs.queues = s.queues.iter().map(|q| q.0).collect();
         self.signals.set_generation(s.generation);
-        *lock(&self.fault) = None;
+        self.fault.clear();
         self.status.store(s.status, Ordering::SeqCst);
         if s.status & status::DRIVER_OK != 0 && s.status & status::NEEDS_RESET == 0 {
             let progress: Vec<_> = s.queues.iter().map(|q| q.1).collect();
