@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod acpi_pm;
+mod alarm;
 pub mod debug_exit;
 pub mod debugcon;
 pub mod hpet;

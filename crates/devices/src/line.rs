@@ -25,6 +25,26 @@ pub fn input<T: Inputs + 'static>(controller: &Shared<T>, n: u8) -> Arc<dyn IrqL
     Arc::new(Input { controller: controller.clone(), n })
 }
 
+/// A device's output: passes changes on and keeps repetitions to itself.
+pub(crate) struct Output {
+    line: Arc<dyn IrqLine>,
+    high: bool,
+}
+
+impl Output {
+    /// An output that is low, as the line is.
+    pub(crate) fn new(line: Arc<dyn IrqLine>) -> Output {
+        Output { line, high: false }
+    }
+
+    pub(crate) fn set(&mut self, high: bool) {
+        if self.high != high {
+            self.high = high;
+            self.line.set(high);
+        }
+    }
+}
+
 /// A line that drives several others alike (an ISA interrupt goes to the 8259 and to the IOAPIC).
 pub struct Fan(pub Vec<Arc<dyn IrqLine>>);
 

@@ -7,6 +7,8 @@ mod tests;
 
 pub use reset::ResetControl;
 
+use crate::alarm::Alarm;
+use crate::line::Output;
 use crate::power::{PowerEvent, PowerSink};
 use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
 use serde::{Deserialize, Serialize};
@@ -92,8 +94,8 @@ pub struct AcpiPm {
     config: Config,
     base: u16,
     clock: Arc<dyn Clock>,
-    timer: Arc<dyn Timer>,
-    sci: Arc<dyn IrqLine>,
+    alarm: Alarm,
+    sci: Output,
     power: Arc<dyn PowerSink>,
 }
 
@@ -107,7 +109,15 @@ impl AcpiPm {
         sci: Arc<dyn IrqLine>,
         power: Arc<dyn PowerSink>,
     ) -> AcpiPm {
-        let mut pm = AcpiPm { state: Self::power_on(config), config, base: BASE, clock, timer, sci, power };
+        let mut pm = AcpiPm {
+            state: Self::power_on(config),
+            config,
+            base: BASE,
+            clock,
+            alarm: Alarm::new(timer),
+            sci: Output::new(sci),
+            power,
+        };
         pm.state.seen_toggles = pm.toggles();
         pm
     }
@@ -187,9 +197,9 @@ impl AcpiPm {
         if s.enable & sts::TIMER != 0 && s.status & sts::TIMER == 0 {
             let at = u128::from(toggles + 1) << self.top_bit();
             let ns = (at * 1_000_000_000).div_ceil(u128::from(TIMER_FREQUENCY));
-            self.timer.arm(u64::try_from(ns).unwrap_or(u64::MAX));
+            self.alarm.arm(u64::try_from(ns).unwrap_or(u64::MAX));
         } else {
-            self.timer.cancel();
+            self.alarm.cancel();
         }
     }
 
@@ -277,6 +287,7 @@ impl PioDevice for AcpiPm {
 
 impl TimerDevice for AcpiPm {
     fn timer_expired(&mut self, _index: u32) {
+        self.alarm.expired();
         self.update();
     }
 }

@@ -4,6 +4,7 @@
 #[cfg(test)]
 mod tests;
 
+use crate::alarm::Alarm;
 use crate::line::LineMux;
 use ringfort_bus::{
     Clock, Device, IrqLine, MmioDevice, MsiMessage, MsiSink, Section, StateError, Timer, TimerDevice,
@@ -95,7 +96,7 @@ pub struct Outputs {
 pub struct Hpet {
     state: State,
     clock: Arc<dyn Clock>,
-    timer: Arc<dyn Timer>,
+    alarm: Alarm,
     out: Outputs,
     legacy: [Arc<dyn IrqLine>; 2],
     /// Levels that the pins (bits 31:0) and legacy lines (33:32) have.
@@ -107,7 +108,7 @@ impl Hpet {
     pub fn new(comparators: u8, clock: Arc<dyn Clock>, timer: Arc<dyn Timer>, out: Outputs) -> Hpet {
         let legacy = [out.legacy[0].input(true), out.legacy[1].input(true)];
         let state = Self::power_on(usize::from(comparators.clamp(3, 32)));
-        Hpet { state, clock, timer, out, legacy, driven: 0 }
+        Hpet { state, clock, alarm: Alarm::new(timer), out, legacy, driven: 0 }
     }
 
     fn power_on(n: usize) -> State {
@@ -160,16 +161,16 @@ impl Hpet {
         self.schedule(now, fired);
     }
 
-    fn schedule(&self, now: u64, fired: bool) {
+    fn schedule(&mut self, now: u64, fired: bool) {
         let open = |c: &&Comparator| c.config & conf::ENABLE != 0;
         let next = self.state.comparators.iter().filter(open).filter_map(|c| c.distance(now)).min();
         match next.filter(|_| self.state.enabled) {
             Some(d) => {
                 let t = self.clock.now_ns();
                 let at = (t / TICK_NS).saturating_add(d).saturating_mul(TICK_NS);
-                self.timer.arm(if fired { at.max(t.saturating_add(MIN_PERIOD_NS)) } else { at });
+                self.alarm.arm(if fired { at.max(t.saturating_add(MIN_PERIOD_NS)) } else { at });
             }
-            None => self.timer.cancel(),
+            None => self.alarm.cancel(),
         }
     }
 
@@ -236,7 +237,7 @@ impl Hpet {
             0x00 => {
                 // Period in femtoseconds, vendor, legacy capable, 64 bits, last comparator, revision.
                 let timers = (s.comparators.len() as u64 - 1) << 8;
-                TICK_NS * 1_000_000 << 32 | 0x8086 << 16 | 1 << 15 | 1 << 13 | timers | 1
+                (TICK_NS * 1_000_000) << 32 | 0x8086 << 16 | 1 << 15 | 1 << 13 | timers | 1
             }
             0x10 => u64::from(s.enabled) | u64::from(s.legacy) << 1,
             0x20 => u64::from(s.status),
@@ -329,8 +330,11 @@ impl Hpet {
 
 impl MmioDevice for Hpet {
     fn mmio_read(&mut self, offset: u64, data: &mut [u8]) {
-        self.sync();
         let at = offset & !7 & (LEN - 1);
+        // The counter is a clock source that guests read all the time; nothing else depends on it being read.
+        if at != 0xf0 {
+            self.sync();
+        }
         let bytes = self.read_register(at).to_le_bytes();
         data.fill(0);
         data.iter_mut().zip(&bytes[(offset & 7) as usize..]).for_each(|(d, b)| *d = *b);
@@ -348,6 +352,7 @@ impl MmioDevice for Hpet {
 
 impl TimerDevice for Hpet {
     fn timer_expired(&mut self, _index: u32) {
+        self.alarm.expired();
         self.sync();
     }
 }
@@ -362,7 +367,7 @@ impl Device for Hpet {
         self.drive();
         self.state = Self::power_on(self.state.comparators.len());
         self.select_legacy();
-        self.timer.cancel();
+        self.alarm.cancel();
     }
 
     fn save(&self) -> Section {
@@ -389,7 +394,7 @@ impl Device for Hpet {
         self.select_legacy();
         self.drive();
         // What fell due while the state lay in a file comes with the alarm.
-        self.timer.arm(self.clock.now_ns());
+        self.alarm.arm(self.clock.now_ns());
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::line::Inputs;
+use crate::line::{Inputs, Output};
 use crate::ports;
 use ringfort_bus::{Device, IrqLine, PioDevice, Section, StateError};
 use serde::{Deserialize, Serialize};
@@ -173,13 +173,13 @@ impl Chip {
 /// Both chips. Inputs are 0 to 15; input 2 is the cascade and cannot be driven.
 pub struct Pic {
     chips: [Chip; 2],
-    out: Arc<dyn IrqLine>,
+    out: Output,
 }
 
 impl Pic {
     /// A pair whose INTR output is `out`.
     pub fn new(out: Arc<dyn IrqLine>) -> Pic {
-        Pic { chips: [Chip::new(); 2], out }
+        Pic { chips: [Chip::new(); 2], out: Output::new(out) }
     }
 
     /// Drive input `n`. A pulse latches on an edge-triggered input.
@@ -198,6 +198,8 @@ impl Pic {
     /// An interrupt acknowledge cycle: the vector. When the request has gone meanwhile, the spurious vector (IRQ 7,
     /// or 15 when only the slave's request has gone).
     pub fn acknowledge(&mut self) -> u8 {
+        // INTR falls in the cycle and rises again for a further request: an input that takes edges sees each.
+        self.out.set(false);
         let [master, slave] = &mut self.chips;
         let vector = match master.request(true) {
             Some(CASCADE) => {
@@ -223,7 +225,8 @@ impl Pic {
     fn update(&mut self) {
         let slave = self.chips[1].request(false).is_some();
         self.chips[0].set(CASCADE, slave);
-        self.out.set(self.intr());
+        let intr = self.intr();
+        self.out.set(intr);
     }
 
     fn read_port(&mut self, port: u16) -> u8 {
@@ -316,7 +319,8 @@ impl Device for Pic {
             return Err(section.invalid("a register holds an impossible value"));
         }
         self.chips = chips;
-        self.out.set(self.intr());
+        let intr = self.intr();
+        self.out.set(intr);
         Ok(())
     }
 }

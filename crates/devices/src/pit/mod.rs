@@ -9,6 +9,7 @@ mod counter;
 #[cfg(test)]
 mod tests;
 
+use crate::alarm::Alarm;
 use crate::ports;
 use counter::Counter;
 use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
@@ -57,14 +58,14 @@ impl State {
 pub struct Pit {
     state: State,
     clock: Arc<dyn Clock>,
-    timer: Arc<dyn Timer>,
+    alarm: Alarm,
     irq: Arc<dyn IrqLine>,
 }
 
 impl Pit {
     /// `irq` is IRQ 0; `timer` is bound to this device's [`TimerDevice`] with any index.
     pub fn new(clock: Arc<dyn Clock>, timer: Arc<dyn Timer>, irq: Arc<dyn IrqLine>) -> Pit {
-        Pit { state: State::new(), clock, timer, irq }
+        Pit { state: State::new(), clock, alarm: Alarm::new(timer), irq }
     }
 
     /// The speaker is on and its channel's output is high.
@@ -98,9 +99,9 @@ impl Pit {
         match reload.or(self.state.edge) {
             Some(at) => {
                 let soonest = if rose { now.saturating_add(MIN_PERIOD_NS) } else { 0 };
-                self.timer.arm(nanoseconds(at).max(soonest));
+                self.alarm.arm(nanoseconds(at).max(soonest));
             }
-            None => self.timer.cancel(),
+            None => self.alarm.cancel(),
         }
     }
 
@@ -173,6 +174,7 @@ impl PioDevice for Pit {
 
 impl TimerDevice for Pit {
     fn timer_expired(&mut self, _index: u32) {
+        self.alarm.expired();
         self.sync();
     }
 }
@@ -184,7 +186,7 @@ impl Device for Pit {
 
     fn reset(&mut self) {
         self.state = State::new();
-        self.timer.cancel();
+        self.alarm.cancel();
         self.irq.set(false);
     }
 
@@ -201,8 +203,8 @@ impl Device for Pit {
         self.state = s;
         // An edge that is due by now comes with the alarm, which goes off at once.
         match self.state.counters[0].reload_at().or(self.state.edge) {
-            Some(at) => self.timer.arm(nanoseconds(at)),
-            None => self.timer.cancel(),
+            Some(at) => self.alarm.arm(nanoseconds(at)),
+            None => self.alarm.cancel(),
         }
         Ok(())
     }

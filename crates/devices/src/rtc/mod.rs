@@ -7,6 +7,8 @@ mod calendar;
 #[cfg(test)]
 mod tests;
 
+use crate::alarm::Alarm;
+use crate::line::Output;
 use crate::ports;
 use calendar::DateTime;
 use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
@@ -60,8 +62,8 @@ struct State {
 pub struct Rtc {
     state: State,
     clock: Arc<dyn Clock>,
-    timer: Arc<dyn Timer>,
-    irq: Arc<dyn IrqLine>,
+    alarm: Alarm,
+    irq: Output,
 }
 
 impl Rtc {
@@ -80,7 +82,7 @@ impl Rtc {
             seen_second: 0,
             seen_tick: 0,
         };
-        let mut rtc = Rtc { state, clock, timer, irq };
+        let mut rtc = Rtc { state, clock, alarm: Alarm::new(timer), irq: Output::new(irq) };
         rtc.state.seen_second = rtc.second();
         rtc.state.seen_tick = rtc.tick();
         rtc
@@ -305,8 +307,8 @@ impl Rtc {
         }
         // While the line is up nothing more can raise it; reading register C schedules anew.
         match next.filter(|_| !asks) {
-            Some(t) => self.timer.arm(t),
-            None => self.timer.cancel(),
+            Some(t) => self.alarm.arm(t),
+            None => self.alarm.cancel(),
         }
     }
 
@@ -385,6 +387,7 @@ impl PioDevice for Rtc {
 
 impl TimerDevice for Rtc {
     fn timer_expired(&mut self, _index: u32) {
+        self.alarm.expired();
         self.sync();
     }
 }
@@ -424,7 +427,7 @@ impl Device for Rtc {
         self.state = s;
         self.irq.set(self.state.cmos[C] & 0x80 != 0);
         // What fell due while the state lay in a file comes with the alarm.
-        self.timer.arm(self.clock.now_ns());
+        self.alarm.arm(self.clock.now_ns());
         Ok(())
     }
 }

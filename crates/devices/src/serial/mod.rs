@@ -7,6 +7,8 @@
 #[cfg(test)]
 mod tests;
 
+use crate::alarm::Alarm;
+use crate::line::Output;
 use crate::ports;
 use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
 use serde::{Deserialize, Serialize};
@@ -164,10 +166,10 @@ pub struct Serial {
     state: State,
     base: u16,
     instance: u32,
-    irq: Arc<dyn IrqLine>,
+    irq: Output,
     sink: Box<dyn SerialSink>,
     clock: Arc<dyn Clock>,
-    timer: Arc<dyn Timer>,
+    alarm: Alarm,
     room: Box<dyn Fn() + Send>,
 }
 
@@ -184,7 +186,16 @@ impl Serial {
         room: impl Fn() + Send + 'static,
     ) -> Serial {
         let room = Box::new(room);
-        Serial { state: State::new(msr::CONNECTED), base, instance, irq, sink, clock, timer, room }
+        Serial {
+            state: State::new(msr::CONNECTED),
+            base,
+            instance,
+            irq: Output::new(irq),
+            sink,
+            clock,
+            alarm: Alarm::new(timer),
+            room,
+        }
     }
 
     /// Bytes that [`Serial::receive`] would take now.
@@ -255,8 +266,8 @@ impl Serial {
             self.clock.now_ns().saturating_add(4 * bits * divisor * 1_000_000_000 / 115_200)
         });
         match s.timeout_at {
-            Some(at) => self.timer.arm(at),
-            None => self.timer.cancel(),
+            Some(at) => self.alarm.arm(at),
+            None => self.alarm.cancel(),
         }
     }
 
@@ -423,6 +434,7 @@ impl PioDevice for Serial {
 
 impl TimerDevice for Serial {
     fn timer_expired(&mut self, _index: u32) {
+        self.alarm.expired();
         if self.state.timeout_at.is_some_and(|at| at <= self.clock.now_ns()) {
             self.state.timeout_at = None;
             self.state.timed_out = true;
@@ -443,7 +455,7 @@ impl Device for Serial {
     fn reset(&mut self) {
         let full = self.receive_room() == 0;
         self.state = State::new(self.state.modem_lines);
-        self.timer.cancel();
+        self.alarm.cancel();
         self.update();
         if full {
             (self.room)();
@@ -461,8 +473,8 @@ impl Device for Serial {
         }
         self.state = s;
         match self.state.timeout_at {
-            Some(at) => self.timer.arm(at),
-            None => self.timer.cancel(),
+            Some(at) => self.alarm.arm(at),
+            None => self.alarm.cancel(),
         }
         self.drain();
         self.update();
