@@ -188,13 +188,14 @@ impl VmShared {
             Shorthand::Others => Some(v.apic_id) != from,
         };
         if m.delivery == Delivery::LowestPriority || m.redirect && m.delivery == Delivery::Fixed {
-            let n = vcpus.len();
+            let candidates = || vcpus.iter().filter(|v| is_for(v) && v.lapic.software_enabled());
+            let Some(lowest) = candidates().map(|v| v.lapic.priority() >> 4).min() else { return 0 };
             // Equal priorities take turns.
-            let first = self.turn.fetch_add(1, Ordering::Relaxed) as usize;
-            let chosen = (0..n)
-                .map(|i| &vcpus[first.wrapping_add(i) % n])
-                .filter(|v| is_for(v) && v.lapic.software_enabled())
-                .min_by_key(|v| v.lapic.priority() >> 4);
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed) as usize;
+            let equals = || candidates().filter(|v| v.lapic.priority() >> 4 <= lowest);
+            // A priority may have risen since; then whoever is left, or the first.
+            let n = equals().count().max(1);
+            let chosen = equals().nth(turn % n).or_else(|| candidates().next());
             if let Some(v) = chosen {
                 v.accept(m.vector, m.delivery, m.level);
             }

@@ -1,1 +1,797 @@
+//! The local APIC against the SDM, by its registers.
 
+use super::*;
+use crate::cpu::{Cpu, Trap};
+use crate::testing::{BusEvent, RecordingBus};
+use crate::vcpu::{Env, VcpuShared, VmShared, request};
+use ringfort_engine::CpuidTable;
+use ringfort_memory::RamMap;
+use ringfort_x86::cpuid::Leaf;
+use ringfort_x86::msr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = DEFAULT_BASE;
+
+struct Vm {
+    shared: Arc<VmShared>,
+    bus: Arc<RecordingBus>,
+    cpus: Vec<Box<Cpu>>,
+}
+
+fn cpuid() -> CpuidTable {
+    let leaf = |function, [eax, ebx, ecx, edx]: [u32; 4]| Leaf { function, index: None, eax, ebx, ecx, edx };
+    CpuidTable {
+        leaves: vec![
+            leaf(0, [1, 0, 0, 0]),
+            leaf(1, [0, 0, 1 << 21 | 1 << 24, 1 << 9]),
+            leaf(0x4000_0000, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+            leaf(0x4000_0001, [crate::vcpu::paravirt_features(), 0, 0, 0]),
+        ],
+    }
+}
+
+fn vm(ids: &[u32]) -> Vm {
+    let memory = ringfort_memory::allocate(&[(0, 1 << 20)]).unwrap();
+    let (shared, bus) = (Arc::new(VmShared::new()), Arc::new(RecordingBus::default()));
+    let cpus = ids
+        .iter()
+        .map(|&id| {
+            let me = Arc::new(VcpuShared::new(id));
+            shared.add_vcpu(me.clone());
+            let env = Env { bus: bus.clone(), vm: shared.clone(), me };
+            let mut c = Cpu::new(RamMap::new(&memory), cpuid(), env);
+            c.write(reg::SVR, 0x1ff);
+            c
+        })
+        .collect();
+    Vm { shared, bus, cpus }
+}
+
+fn one() -> Vm {
+    vm(&[0])
+}
+
+impl Cpu {
+    fn write(&mut self, n: usize, v: u32) {
+        assert!(self.apic_mmio_write(self.local.page + n as u64 * 16, &v.to_le_bytes()));
+    }
+    fn read(&mut self, n: usize) -> u32 {
+        let mut b = [0; 4];
+        assert!(self.apic_mmio_read(self.local.page + n as u64 * 16, &mut b));
+        u32::from_le_bytes(b)
+    }
+    fn rd(&mut self, n: u32) -> Result<u64, Trap> {
+        self.apic_read_msr(n).expect("an MSR of the APIC")
+    }
+    fn wr(&mut self, n: u32, v: u64) -> Result<(), Trap> {
+        self.apic_write_msr(n, v).expect("an MSR of the APIC")
+    }
+    fn x2apic(&mut self) {
+        let base = self.rd(msr::IA32_APIC_BASE).unwrap();
+        self.wr(msr::IA32_APIC_BASE, base | BASE_EXTD).unwrap();
+    }
+    fn irr(&self, v: u8) -> bool {
+        self.env.me.lapic.bit(reg::IRR, v)
+    }
+    fn takes(&mut self) -> Option<u8> {
+        self.take_interrupt()
+    }
+    fn asked(&self) -> u32 {
+        self.env.me.requests.swap(0, Ordering::SeqCst)
+    }
+}
+
+/// (message address, data) of a fixed interrupt.
+fn msi(dest: u64, vector: u32) -> (u64, u32) {
+    (PAGE | dest << 12, vector)
+}
+
+impl Vm {
+    fn send(&self, (address, data): (u64, u32)) -> usize {
+        self.shared.deliver(&Message::from_msi(address, data).unwrap(), None)
+    }
+    fn pending(&self, v: u8) -> Vec<u32> {
+        self.cpus.iter().filter(|c| c.irr(v)).map(|c| c.env.me.apic_id).collect()
+    }
+}
+
+#[test]
+fn reset_values() {
+    let mut vm = vm(&[0, 3]);
+    for (c, id) in vm.cpus.iter_mut().zip([0u32, 3]) {
+        c.apic_reset(false);
+        assert_eq!(c.read(reg::ID), id << 24);
+        assert_eq!(c.read(reg::VERSION), 0x0006_0014);
+        assert_eq!(c.read(reg::SVR), 0xff);
+        assert_eq!(c.read(reg::DFR), u32::MAX);
+        for n in lapic::LVTS {
+            let virtual_wire = id == 0 && n == reg::LVT_LINT0;
+            assert_eq!(c.read(n), if virtual_wire { 0x700 } else { LVT_MASKED }, "{n:#x}");
+        }
+        let bsp = if id == 0 { BASE_BSP } else { 0 };
+        assert_eq!(c.rd(msr::IA32_APIC_BASE), Ok(PAGE | BASE_ENABLE | bsp));
+    }
+}
+
+#[test]
+fn accesses_beside_the_registers_do_no_harm() {
+    let mut c = one().cpus.remove(0);
+    let mut b = [0xffu8; 8];
+    assert!(c.apic_mmio_read(PAGE + 0x34, &mut b) && b == [0; 8]);
+    let mut b = [0xffu8; 1];
+    assert!(c.apic_mmio_read(PAGE + 0x32, &mut b) && b == [6]);
+    // Stores of other sizes and to other places are ignored.
+    assert!(c.apic_mmio_write(PAGE + 0x84, &[1, 0, 0, 0]) && c.apic_mmio_write(PAGE + 0x80, &[0x55]));
+    assert_eq!(c.read(reg::TPR), 0);
+    let mut b = [0; 4];
+    assert!(!c.apic_mmio_read(PAGE + 0x1000, &mut b) && !c.apic_mmio_read(PAGE - 4, &mut b));
+    // Every offset of the page, read and written: no panic, and reserved ones are an error in ESR.
+    for at in (0..0x1000).step_by(4) {
+        c.apic_mmio_write(PAGE + at, &[0xff; 4]);
+        c.apic_mmio_read(PAGE + at, &mut b);
+    }
+    c.write(reg::ESR, 0);
+    assert_ne!(c.read(reg::ESR) & esr::ILLEGAL_REGISTER, 0);
+    c.write(reg::ESR, 0);
+    assert_eq!(c.read(reg::ESR), 0);
+}
+
+#[test]
+fn priorities_decide_what_is_taken() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    for v in [0x31, 0x52, 0x35, 0x58] {
+        c.env.me.accept(v, Delivery::Fixed, false);
+    }
+    assert_eq!(c.takes(), Some(0x58));
+    assert_eq!(c.read(reg::PPR), 0x50);
+    // The same class waits for the EOI; then for the next.
+    assert_eq!(c.takes(), None);
+    c.write(reg::EOI, 0);
+    assert_eq!(c.takes(), Some(0x52));
+    c.env.me.accept(0x61, Delivery::Fixed, false);
+    assert_eq!(c.takes(), Some(0x61));
+    assert_eq!(c.read(reg::ISR + 2), 1 << (0x52 - 0x40));
+    assert_eq!(c.read(reg::ISR + 3), 1 << 1);
+    // EOI ends the highest one in service.
+    c.write(reg::EOI, 0);
+    assert_eq!((c.read(reg::ISR + 3), c.read(reg::PPR)), (0, 0x50));
+    c.write(reg::EOI, 0);
+    // TPR: its class and below wait.
+    c.write(reg::TPR, 0x3f);
+    assert_eq!((c.takes(), c.read(reg::PPR), c.cr8()), (None, 0x3f, 3));
+    c.write(reg::TPR, 0x2f);
+    assert_eq!(c.takes(), Some(0x35));
+    c.write(reg::EOI, 0);
+    assert_eq!(c.takes(), Some(0x31));
+    c.write(reg::EOI, 0);
+    assert_eq!((c.takes(), c.read(reg::PPR)), (None, 0x2f));
+    // An EOI with nothing in service is harmless.
+    c.write(reg::EOI, 0);
+    assert!(vm.bus.take().is_empty());
+}
+
+#[test]
+fn level_interrupts_tell_the_io_apics_their_end() {
+    let mut vm = one();
+    vm.send((PAGE, 0x40 | 1 << 15 | 1 << 14));
+    vm.send((PAGE, 0x41));
+    let c = &mut vm.cpus[0];
+    assert_eq!((c.read(reg::TMR + 2), c.read(reg::IRR + 2)), (1, 3));
+    assert_eq!(c.takes(), Some(0x41));
+    c.write(reg::EOI, 0);
+    assert!(vm.bus.take().is_empty());
+    assert_eq!(c.takes(), Some(0x40));
+    c.write(reg::EOI, 0);
+    assert_eq!(vm.bus.take(), [BusEvent::Eoi(0x40)]);
+    // The same vector as an edge.
+    vm.send((PAGE, 0x40));
+    let c = &mut vm.cpus[0];
+    assert_eq!((c.read(reg::TMR + 2), c.takes()), (0, Some(0x40)));
+    c.write(reg::EOI, 0);
+    assert!(vm.bus.take().is_empty());
+}
+
+#[test]
+fn physical_destinations() {
+    let mut vm = vm(&[0, 1, 5, 16]);
+    assert_eq!(vm.send(msi(5, 0x30)), 1);
+    assert_eq!(vm.pending(0x30), [5]);
+    assert_eq!(vm.send(msi(7, 0x31)), 0);
+    assert_eq!(vm.send(msi(0xff, 0x32)), 4);
+    // An ID above 255 by the extended destination bits is somebody else.
+    assert_eq!(vm.send((PAGE | 5 << 12 | 1 << 5, 0x33)), 0);
+    assert_eq!(vm.send((PAGE | 5 << 12 | 1 << 40, 0x33)), 0);
+    // A changed xAPIC ID counts, and a switch to x2APIC mode brings the initial one back.
+    vm.cpus[1].write(reg::ID, 9 << 24);
+    assert_eq!((vm.send(msi(1, 0x34)), vm.send(msi(9, 0x34))), (0, 1));
+    vm.cpus[1].x2apic();
+    assert_eq!((vm.send(msi(1, 0x35)), vm.send(msi(9, 0x35))), (1, 0));
+    // Outside the interrupt range.
+    assert!(Message::from_msi(0xfed0_0000, 0x30).is_none());
+    assert!(Message::from_msi(0x1_0000, 0x30).is_none());
+}
+
+#[test]
+fn logical_destinations_flat_and_cluster() {
+    let mut vm = vm(&[0, 1, 2, 3]);
+    for (n, c) in vm.cpus.iter_mut().enumerate() {
+        c.write(reg::LDR, 1 << (24 + n));
+    }
+    let logical = |mda: u64, v: u32| (PAGE | mda << 12 | 4, v);
+    vm.send(logical(0b0110, 0x30));
+    assert_eq!(vm.pending(0x30), [1, 2]);
+    assert_eq!(vm.send(logical(0xff, 0x31)), 4);
+    assert_eq!(vm.send(logical(0x10, 0x32)), 0);
+    // Cluster 1: CPUs 0 and 1; cluster 2: CPUs 2 and 3.
+    for (c, ldr) in vm.cpus.iter_mut().zip([0x11u32, 0x12, 0x21, 0x22]) {
+        c.write(reg::DFR, 0x0fff_ffff);
+        c.write(reg::LDR, ldr << 24);
+    }
+    vm.send(logical(0x13, 0x40));
+    assert_eq!(vm.pending(0x40), [0, 1]);
+    vm.send(logical(0x22, 0x41));
+    assert_eq!(vm.pending(0x41), [3]);
+    assert_eq!(vm.send(logical(0x31, 0x42)), 0);
+    assert_eq!(vm.send(logical(0xff, 0x43)), 4);
+}
+
+#[test]
+fn x2apic_logical_destinations() {
+    let mut vm = vm(&[0, 1, 16, 17, 40]);
+    for c in &mut vm.cpus {
+        c.x2apic();
+    }
+    assert_eq!(vm.cpus[3].rd(0x80d), Ok(0x1_0002));
+    assert_eq!(vm.cpus[4].rd(0x80d), Ok(0x2_0100));
+    // From CPU 0 to cluster 1, members 0 and 1: fixed, logical.
+    vm.cpus[0].wr(0x830, 0x1_0003 << 32 | 1 << 11 | 0x50).unwrap();
+    assert_eq!(vm.pending(0x50), [16, 17]);
+    // 32-bit physical and broadcast; 0xff is an ID like any other.
+    vm.cpus[0].wr(0x830, 40 << 32 | 0x51).unwrap();
+    assert_eq!(vm.pending(0x51), [40]);
+    vm.cpus[0].wr(0x830, 0xff << 32 | 0x52).unwrap();
+    assert!(vm.pending(0x52).is_empty());
+    vm.cpus[0].wr(0x830, 0xffff_ffff << 32 | 0x53).unwrap();
+    assert_eq!(vm.pending(0x53), [0, 1, 16, 17, 40]);
+    assert_eq!(vm.cpus[0].rd(0x830), Ok(0xffff_ffff << 32 | 0x53));
+}
+
+#[test]
+fn lowest_priority_goes_to_the_least_busy() {
+    let mut vm = vm(&[0, 1, 2]);
+    for (c, tpr) in vm.cpus.iter_mut().zip([0x40, 0x20, 0x30]) {
+        c.write(reg::LDR, 0xff00_0000);
+        c.write(reg::TPR, tpr);
+    }
+    for v in 0x50..0x60 {
+        assert_eq!(vm.send((PAGE | 0xff << 12 | 4 | 8, 1 << 8 | v)), 1);
+        assert_eq!(vm.pending(v as u8), [1]);
+    }
+    // Equals take turns; one that SVR disables is left out.
+    vm.cpus[0].write(reg::TPR, 0x20);
+    vm.cpus[2].write(reg::TPR, 0x10);
+    vm.cpus[2].write(reg::SVR, 0xff);
+    for v in 0x60..0x70 {
+        vm.send((PAGE | 0xff << 12 | 4 | 8, 1 << 8 | v));
+    }
+    let took = |n: usize| (0x60..0x70).filter(|&v| vm.cpus[n].irr(v)).count();
+    assert_eq!((took(0), took(1), took(2)), (8, 8, 0));
+}
+
+#[test]
+fn shorthands() {
+    let mut vm = vm(&[0, 1, 2]);
+    vm.cpus[1].write(reg::ICR, 1 << 18 | 0x40);
+    assert_eq!(vm.pending(0x40), [1]);
+    vm.cpus[1].write(reg::ICR, 2 << 18 | 0x41);
+    assert_eq!(vm.pending(0x41), [0, 1, 2]);
+    vm.cpus[1].write(reg::ICR, 3 << 18 | 0x42);
+    assert_eq!(vm.pending(0x42), [0, 2]);
+    vm.cpus[1].write(reg::ICR2, 2 << 24);
+    vm.cpus[1].write(reg::ICR, 0x43);
+    assert_eq!(vm.pending(0x43), [2]);
+    // Delivery status reads idle.
+    assert_eq!(vm.cpus[1].read(reg::ICR), 0x43);
+}
+
+#[test]
+fn init_and_start_up_messages() {
+    let mut vm = vm(&[0, 1]);
+    vm.cpus[0].asked();
+    vm.cpus[1].asked();
+    vm.cpus[0].write(reg::ICR2, 1 << 24);
+    vm.cpus[0].write(reg::ICR, 0x4500);
+    assert_eq!(vm.cpus[1].asked(), request::INIT);
+    // INIT level de-assert does nothing.
+    vm.cpus[0].write(reg::ICR, 0x8500);
+    assert_eq!(vm.cpus[1].asked(), 0);
+    vm.cpus[0].write(reg::ICR, 0x4600 | 0x9a);
+    assert_eq!(vm.cpus[1].asked(), request::SIPI);
+    assert_eq!(vm.cpus[1].env.me.sipi_vector.load(Ordering::SeqCst), 0x9a);
+    // INIT forgets an earlier start-up message.
+    vm.cpus[0].write(reg::ICR, 0x4600 | 0x11);
+    vm.cpus[0].write(reg::ICR, 0x4500);
+    assert_eq!(vm.cpus[1].asked(), request::INIT);
+    // NMI and INIT pass an APIC that SVR disables; SMI and reserved modes do nothing.
+    vm.cpus[1].write(reg::SVR, 0xff);
+    vm.cpus[0].write(reg::ICR, 0x4400);
+    assert_eq!(vm.cpus[1].asked(), request::NMI);
+    for mode in [2, 3, 7] {
+        vm.cpus[0].write(reg::ICR, mode << 8 | 0x44);
+    }
+    vm.cpus[0].write(reg::ICR, 0x44);
+    assert_eq!((vm.cpus[1].asked(), vm.cpus[1].env.me.lapic.pending()), (0, false));
+}
+
+#[test]
+fn software_disable_masks_and_keeps() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    c.write(reg::LVT_TIMER, 0x20);
+    c.env.me.accept(0x77, Delivery::Fixed, false);
+    c.write(reg::SVR, 0xef);
+    assert_eq!(c.read(reg::LVT_TIMER), LVT_MASKED | 0x20);
+    c.write(reg::LVT_TIMER, 0x21);
+    assert_eq!(c.read(reg::LVT_TIMER), LVT_MASKED | 0x21);
+    // New ones are not taken in, but what waited is delivered (Intel SDM 3A section 12.4.7.2).
+    c.env.me.accept(0x78, Delivery::Fixed, false);
+    assert_eq!((c.irr(0x78), c.takes()), (false, Some(0x77)));
+    c.write(reg::SVR, 0x1ef);
+    c.write(reg::LVT_TIMER, 0x21);
+    assert_eq!(c.read(reg::LVT_TIMER), 0x21);
+}
+
+#[test]
+fn illegal_vectors_are_errors() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    c.write(reg::LVT_ERROR, 0xfe);
+    c.write(reg::ICR, 1 << 18 | 0x0f);
+    assert!(c.irr(0xfe));
+    assert_eq!(c.read(reg::ESR), 0);
+    c.write(reg::ESR, 0);
+    assert_eq!(c.read(reg::ESR), esr::SEND_ILLEGAL_VECTOR);
+    assert_eq!(c.takes(), Some(0xfe));
+    c.write(reg::EOI, 0);
+    vm.send(msi(0, 3));
+    let c = &mut vm.cpus[0];
+    c.write(reg::ESR, 0);
+    assert_eq!(c.read(reg::ESR), esr::RECEIVED_ILLEGAL_VECTOR);
+    assert_eq!(c.takes(), Some(0xfe));
+    // An illegal error vector does not recurse.
+    c.write(reg::LVT_ERROR, 2);
+    c.write(reg::ICR, 1 << 18 | 1);
+    c.write(reg::ESR, 0);
+    assert_eq!(c.read(reg::ESR), esr::SEND_ILLEGAL_VECTOR | esr::RECEIVED_ILLEGAL_VECTOR);
+}
+
+#[test]
+fn base_register_transitions() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    let on = PAGE | BASE_BSP | BASE_ENABLE;
+    // Reserved bits, x2APIC without enable.
+    for bad in [on | 1, on | 1 << 9, on | 1 << 63, PAGE | BASE_EXTD] {
+        assert!(c.wr(msr::IA32_APIC_BASE, bad).is_err(), "{bad:#x}");
+    }
+    // Move the page.
+    c.wr(msr::IA32_APIC_BASE, 0xfed0_0000 | BASE_ENABLE).unwrap();
+    let mut b = [0; 4];
+    assert!(!c.apic_mmio_read(PAGE + 0x30, &mut b) && c.apic_mmio_read(0xfed0_0030, &mut b));
+    // xAPIC to x2APIC: the page is gone, the registers stay.
+    c.write(reg::TPR, 0x55);
+    c.wr(msr::IA32_APIC_BASE, on | BASE_EXTD).unwrap();
+    assert!(!c.apic_mmio_read(PAGE + 0x30, &mut b));
+    assert_eq!(c.rd(0x808), Ok(0x55));
+    // Back to xAPIC only through disabled.
+    assert!(c.wr(msr::IA32_APIC_BASE, on).is_err());
+    c.wr(msr::IA32_APIC_BASE, PAGE | BASE_BSP).unwrap();
+    assert!(!c.apic_enabled() && c.rd(0x808).is_err() && !c.apic_mmio_read(PAGE, &mut b));
+    assert_eq!(vm.send(msi(0, 0x40)), 0);
+    let c = &mut vm.cpus[0];
+    assert!(c.wr(msr::IA32_APIC_BASE, on | BASE_EXTD).is_err());
+    c.wr(msr::IA32_APIC_BASE, on).unwrap();
+    // Its state is lost.
+    assert_eq!((c.read(reg::TPR), c.read(reg::SVR)), (0, 0xff));
+}
+
+#[test]
+fn x2apic_msrs_refuse_what_does_not_exist() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    assert!(c.rd(0x802).is_err() && c.wr(0x808, 0).is_err());
+    c.x2apic();
+    for n in 0..0x100u32 {
+        let readable =
+            matches!(n, 0x02 | 0x03 | 0x08 | 0x0a | 0x0d | 0x0f..=0x28 | 0x2f | 0x30 | 0x32..=0x39 | 0x3e);
+        assert_eq!(c.rd(0x800 + n).is_ok(), readable, "read {n:#x}");
+    }
+    for (n, bad) in [
+        (0x02, 1),
+        (0x03, 1),
+        (0x08, 0x100),
+        (0x0a, 0),
+        (0x0b, 1),
+        (0x0d, 1),
+        (0x0e, 0),
+        (0x0f, 0x400),
+        (0x0f, 1 << 32),
+        (0x10, 0),
+        (0x20, 0),
+        (0x28, 1),
+        (0x31, 0),
+        (0x32, 1 << 20),
+        (0x37, 0x100),
+        (0x39, 0),
+        (0x3e, 4),
+        (0x3f, 0x100),
+        (0x40, 0),
+    ] {
+        assert!(c.wr(0x800 + n, bad).is_err(), "write {n:#x} {bad:#x}");
+    }
+    for (n, good) in [(0x0b, 0), (0x28, 0), (0x08, 0x20), (0x3e, 0xb), (0x38, 0)] {
+        c.wr(0x800 + n, good).unwrap();
+    }
+    // Self-IPI.
+    c.wr(0x83f, 0x71).unwrap();
+    assert_eq!(c.takes(), Some(0x71));
+}
+
+#[test]
+fn init_keeps_mode_and_id() {
+    let mut vm = vm(&[0, 7]);
+    let c = &mut vm.cpus[1];
+    c.x2apic();
+    c.wr(0x808, 0x33).unwrap();
+    c.apic_reset(true);
+    assert_eq!((c.rd(0x802), c.rd(0x808), c.rd(0x80f)), (Ok(7), Ok(0), Ok(0xff)));
+    assert_eq!(c.rd(0x80d), Ok(0x80));
+    c.apic_reset(false);
+    assert_eq!(c.env.me.lapic.mode(), Mode::XApic);
+}
+
+#[test]
+fn extint_passes_lint0() {
+    let mut vm = vm(&[0, 1]);
+    for c in &mut vm.cpus {
+        c.write(reg::LVT_LINT0, LVT_MASKED);
+        c.asked();
+    }
+    vm.shared.set_extint(true);
+    assert_eq!((vm.cpus[0].asked(), vm.cpus[1].asked()), (0, 0));
+    // Unmasking shows the line that is already up. 0x20 is the test bus' vector.
+    vm.cpus[0].write(reg::LVT_LINT0, 0x700);
+    assert_eq!(vm.cpus[0].asked(), request::INTERRUPT);
+    assert_eq!((vm.cpus[0].takes(), vm.cpus[1].takes()), (Some(0x20), None));
+    // It takes no part in ISR and priorities.
+    assert_eq!(vm.cpus[0].read(reg::PPR), 0);
+    // Down again before it was taken: nothing there.
+    vm.shared.set_extint(false);
+    assert_eq!(vm.cpus[0].takes(), None);
+    // With the APIC disabled the line goes straight to the CPU.
+    vm.cpus[1].wr(msr::IA32_APIC_BASE, PAGE).unwrap();
+    vm.shared.set_extint(true);
+    assert_ne!(vm.cpus[1].asked() & request::INTERRUPT, 0);
+    assert_eq!(vm.cpus[1].takes(), Some(0x20));
+    // As NMI and as a fixed interrupt: on the edge.
+    vm.shared.set_extint(false);
+    vm.cpus[0].asked();
+    vm.cpus[0].write(reg::LVT_LINT0, 0x400);
+    vm.cpus[0].asked();
+    vm.shared.set_extint(true);
+    vm.shared.set_extint(true);
+    assert_eq!(vm.cpus[0].asked(), request::NMI);
+    vm.shared.set_extint(false);
+    vm.cpus[0].write(reg::LVT_LINT0, 0x66);
+    vm.shared.set_extint(true);
+    assert_eq!(vm.cpus[0].takes(), Some(0x66));
+}
+
+/// Wait (for at most 5 s) until the timer has posted `v`; how long it took.
+fn wait_for(c: &mut Cpu, v: u8) -> Duration {
+    let start = Instant::now();
+    while !c.irr(v) {
+        assert!(start.elapsed() < Duration::from_secs(5), "the timer does not go off");
+        if let Some(left) = c.timer_wait() {
+            std::thread::sleep(left);
+        }
+        c.check_timer();
+    }
+    start.elapsed()
+}
+
+#[test]
+fn one_shot_timer() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    c.write(reg::LVT_TIMER, 0x40);
+    // Divide by 16: 1_000_000 counts are 16 ms.
+    c.write(reg::DIVIDE, 3);
+    c.write(reg::INITIAL_COUNT, 1_000_000);
+    let first = c.read(reg::CURRENT_COUNT);
+    assert!((900_000..=1_000_000).contains(&first), "{first}");
+    assert!(wait_for(c, 0x40) >= Duration::from_millis(15));
+    assert_eq!((c.read(reg::CURRENT_COUNT), c.read(reg::INITIAL_COUNT)), (0, 1_000_000));
+    assert_eq!(c.timer_wait(), None);
+    // Masked: it runs down without an interrupt, and nobody is woken for it.
+    c.takes();
+    c.write(reg::LVT_TIMER, LVT_MASKED | 0x40);
+    c.write(reg::INITIAL_COUNT, 1);
+    assert_eq!(c.timer_wait(), None);
+    std::thread::sleep(Duration::from_millis(1));
+    c.check_timer();
+    assert!(!c.irr(0x40) && c.read(reg::CURRENT_COUNT) == 0);
+    // Zero stops it.
+    c.write(reg::LVT_TIMER, 0x40);
+    c.write(reg::INITIAL_COUNT, u32::MAX);
+    c.write(reg::INITIAL_COUNT, 0);
+    assert_eq!((c.timer_wait(), c.read(reg::CURRENT_COUNT)), (None, 0));
+}
+
+#[test]
+fn divide_configuration() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    c.write(reg::LVT_TIMER, LVT_MASKED);
+    for (dcr, div) in [(0, 2), (1, 4), (2, 8), (3, 16), (8, 32), (9, 64), (10, 128), (11, 1)] {
+        c.write(reg::DIVIDE, dcr);
+        c.write(reg::LVT_TIMER, 0x40);
+        c.write(reg::INITIAL_COUNT, 1 << 30);
+        let ns = c.timer_wait().unwrap().as_nanos() as f64;
+        let want = f64::from(1 << 30) * f64::from(div);
+        assert!((ns / want - 1.0).abs() < 0.02, "{dcr}: {ns} {want}");
+    }
+    // A change on the way: the count stays, the pace changes.
+    c.write(reg::DIVIDE, 0);
+    let left = c.read(reg::CURRENT_COUNT);
+    assert!(left > 1 << 29, "{left}");
+    let ns = c.timer_wait().unwrap().as_nanos() as f64;
+    assert!((ns / (f64::from(left) * 2.0) - 1.0).abs() < 0.02);
+}
+
+#[test]
+fn periodic_timer_keeps_its_beat() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    c.write(reg::DIVIDE, 11);
+    c.write(reg::LVT_TIMER, 1 << 17 | 0x40);
+    let start = Instant::now();
+    c.write(reg::INITIAL_COUNT, 2_000_000);
+    for _ in 0..10 {
+        wait_for(c, 0x40);
+        assert_eq!(c.takes(), Some(0x40));
+        c.write(reg::EOI, 0);
+        assert!(c.read(reg::CURRENT_COUNT) <= 2_000_000);
+    }
+    assert!(start.elapsed() >= Duration::from_millis(20));
+    // Missed periods are one interrupt, and the next one is in the future.
+    std::thread::sleep(Duration::from_millis(15));
+    c.check_timer();
+    assert_eq!(c.takes(), Some(0x40));
+    c.write(reg::EOI, 0);
+    assert!(c.timer_wait().unwrap() <= Duration::from_millis(2));
+    // The shortest period does not hang.
+    c.write(reg::INITIAL_COUNT, 1);
+    c.check_timer();
+    c.read(reg::CURRENT_COUNT);
+}
+
+#[test]
+fn tsc_deadline() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    // Ignored in another mode.
+    c.wr(msr::IA32_TSC_DEADLINE, 5).unwrap();
+    assert_eq!(c.rd(msr::IA32_TSC_DEADLINE), Ok(0));
+    c.write(reg::LVT_TIMER, 2 << 17 | 0x40);
+    c.write(reg::INITIAL_COUNT, 1000);
+    assert_eq!((c.read(reg::INITIAL_COUNT), c.read(reg::CURRENT_COUNT)), (0, 0));
+    let at = c.tsc() + c.local.clock.hz() / 100;
+    c.wr(msr::IA32_TSC_DEADLINE, at).unwrap();
+    assert_eq!(c.rd(msr::IA32_TSC_DEADLINE), Ok(at));
+    wait_for(c, 0x40);
+    assert!(c.tsc() >= at && c.tsc() - at < c.local.clock.hz() / 10);
+    assert_eq!(c.rd(msr::IA32_TSC_DEADLINE), Ok(0));
+    c.takes();
+    c.write(reg::EOI, 0);
+    // In the past: at once. Far away: never overflows. Zero: disarmed.
+    c.wr(msr::IA32_TSC_DEADLINE, 1).unwrap();
+    assert_eq!(c.takes(), Some(0x40));
+    c.write(reg::EOI, 0);
+    c.wr(msr::IA32_TSC_DEADLINE, u64::MAX).unwrap();
+    assert!(c.timer_wait().unwrap() > Duration::from_secs(86400));
+    c.check_timer();
+    assert!(!c.irr(0x40));
+    // Moving the TSC past the deadline lets it expire.
+    let (deadline, now) = (c.tsc() + (1 << 40), c.tsc());
+    c.wr(msr::IA32_TSC_DEADLINE, deadline).unwrap();
+    c.wr(msr::IA32_TSC, now + (1 << 41)).unwrap();
+    c.check_timer();
+    assert_eq!(c.takes(), Some(0x40));
+    // Leaving the mode disarms.
+    c.wr(msr::IA32_TSC_DEADLINE, u64::MAX).unwrap();
+    c.write(reg::LVT_TIMER, 0x40);
+    assert_eq!((c.timer_wait(), c.rd(msr::IA32_TSC_DEADLINE)), (None, Ok(0)));
+}
+
+#[test]
+fn tsc_and_adjustment_move_together() {
+    let mut vm = vm(&[0, 1]);
+    let (t0, t1) = (vm.cpus[0].tsc(), vm.cpus[1].tsc());
+    assert!(t1 >= t0 && t1 - t0 < vm.cpus[0].local.clock.hz());
+    let c = &mut vm.cpus[0];
+    c.wr(msr::IA32_TSC_ADJUST, 1000 << 32).unwrap();
+    assert!(c.tsc() >= 1000 << 32);
+    let before = c.rd(msr::IA32_TSC_ADJUST).unwrap();
+    c.wr(msr::IA32_TSC, 0).unwrap();
+    let after = c.rd(msr::IA32_TSC_ADJUST).unwrap();
+    assert!((after as i64) < before as i64 && c.tsc() < c.local.clock.hz());
+    c.wr(msr::IA32_TSC_ADJUST, 0).unwrap();
+    assert!(c.tsc() >= t0 && c.tsc() < t0 + 10 * c.local.clock.hz());
+    // A saved value goes on, for all vCPUs alike; the second one's copy was read a moment later and changes nothing.
+    let day = 86400 * c.local.clock.hz();
+    c.restore_tsc(day, 0);
+    vm.cpus[1].restore_tsc(day + 12345, 0);
+    assert_eq!(vm.cpus[0].tsc_offset, vm.cpus[1].tsc_offset);
+    assert!(vm.cpus[1].tsc() >= day);
+}
+
+#[test]
+fn the_saved_page_is_the_whole_state() {
+    let mut vm = vm(&[0, 1]);
+    let c = &mut vm.cpus[0];
+    c.write(reg::LVT_TIMER, 0x40);
+    c.write(reg::DIVIDE, 11);
+    c.write(reg::INITIAL_COUNT, 4_000_000_000);
+    c.write(reg::TPR, 0x21);
+    c.write(reg::LDR, 0x0400_0000);
+    for v in [0x55, 0x66] {
+        c.env.me.accept(v, Delivery::Fixed, v == 0x66);
+    }
+    assert_eq!(c.takes(), Some(0x66));
+    let (page, base) = (c.save_apic(), c.rd(msr::IA32_APIC_BASE).unwrap());
+    assert_eq!(page.len(), 1024);
+    c.apic_reset(false);
+    c.load_apic(&page, base).unwrap();
+    let again = c.save_apic();
+    for n in (0..reg::COUNT).filter(|&n| n != reg::CURRENT_COUNT) {
+        assert_eq!(page[n * 16..n * 16 + 16], again[n * 16..n * 16 + 16], "{n:#x}");
+    }
+    assert!(c.read(reg::CURRENT_COUNT) > 3_000_000_000);
+    c.write(reg::EOI, 0);
+    assert_eq!(vm.bus.take(), [BusEvent::Eoi(0x66)]);
+    assert_eq!(vm.cpus[0].takes(), Some(0x55));
+    // Rubbish is refused whole, or cut to what can be.
+    let c = &mut vm.cpus[1];
+    assert!(c.load_apic(&page[1..], base).is_err());
+    assert!(c.load_apic(&page, BASE_EXTD).is_err());
+    assert_eq!(c.read(reg::TPR), 0);
+    c.load_apic(&[0xff; 1024], PAGE | BASE_ENABLE).unwrap();
+    assert_eq!(c.read(reg::VERSION), 0x0006_0014);
+    assert_eq!(c.read(reg::IRR) & 0xffff, 0);
+    c.takes();
+    c.write(reg::EOI, 0);
+}
+
+#[test]
+fn pv_eoi_ends_an_interrupt_without_a_write() {
+    let mut vm = one();
+    let flag = |vm: &Vm| {
+        let mut b = [0; 1];
+        // SAFETY: a byte of RAM.
+        b[0] = unsafe { vm.cpus[0].mmu.ram.host(0x8000).unwrap().read() };
+        b[0]
+    };
+    vm.cpus[0].wr(msr::KVM_PV_EOI_EN, 0x8001).unwrap();
+    vm.cpus[0].env.me.accept(0x50, Delivery::Fixed, false);
+    assert_eq!((vm.cpus[0].takes(), flag(&vm)), (Some(0x50), 1));
+    // The guest clears the flag instead of writing EOI.
+    // SAFETY: a byte of RAM.
+    unsafe { vm.cpus[0].mmu.ram.host(0x8000).unwrap().write(0) };
+    vm.cpus[0].env.me.accept(0x51, Delivery::Fixed, false);
+    assert_eq!(vm.cpus[0].takes(), Some(0x51));
+    // It has not cleared it: the interrupt stays in service, and the offer is withdrawn.
+    vm.cpus[0].env.me.accept(0x52, Delivery::Fixed, false);
+    assert_eq!((vm.cpus[0].takes(), flag(&vm)), (None, 0));
+    vm.cpus[0].write(reg::EOI, 0);
+    // Not offered: level-triggered, and with another one waiting.
+    assert_eq!(vm.cpus[0].takes(), Some(0x52));
+    vm.cpus[0].write(reg::EOI, 0);
+    vm.cpus[0].env.me.accept(0x60, Delivery::Fixed, true);
+    assert_eq!((vm.cpus[0].takes(), flag(&vm)), (Some(0x60), 0));
+    vm.cpus[0].write(reg::EOI, 0);
+    vm.cpus[0].env.me.accept(0x61, Delivery::Fixed, false);
+    vm.cpus[0].env.me.accept(0x31, Delivery::Fixed, false);
+    assert_eq!((vm.cpus[0].takes(), flag(&vm)), (Some(0x61), 0));
+    assert!(vm.cpus[0].wr(msr::KVM_PV_EOI_EN, 3).is_err());
+    // An address that is no RAM offers nothing.
+    vm.cpus[0].write(reg::EOI, 0);
+    vm.cpus[0].wr(msr::KVM_PV_EOI_EN, 0xffff_ffff_f001).unwrap();
+    assert_eq!(vm.cpus[0].takes(), Some(0x31));
+    vm.cpus[0].write(reg::EOI, 0);
+    assert_eq!(vm.cpus[0].read(reg::ISR + 1), 0);
+}
+
+#[test]
+fn hypercalls() {
+    use crate::cpu::gpr::*;
+    let mut vm = vm(&[0, 1, 5]);
+    for c in &mut vm.cpus {
+        c.asked();
+    }
+    let c = &mut vm.cpus[0];
+    c.code_size = crate::cpu::CodeSize::Bits64;
+    let call = |c: &mut Cpu, n: u64, args: [u64; 4]| {
+        for (r, a) in [RBX, RCX, RDX, RSI].into_iter().zip(args) {
+            c.regs[r] = a;
+        }
+        c.regs[RAX] = n;
+        c.hypercall();
+        c.regs[RAX] as i64
+    };
+    assert_eq!(call(c, 99, [0; 4]), -1000);
+    assert_eq!(call(c, 10, [0b10001, 0, 1, 0x40]), 2);
+    assert_eq!(call(c, 10, [1, 0, 0, 8]), -22);
+    assert_eq!(call(c, 10, [u64::MAX, u64::MAX, u64::MAX, 0x40]), 3);
+    assert_eq!(call(c, 5, [0, 5, 0, 0]), 0);
+    assert_eq!(call(c, 5, [0, 6, 0, 0]), 0);
+    assert_eq!(call(c, 11, [1, 0, 0, 0]), 0);
+    c.cpl = 3;
+    assert_eq!(call(c, 5, [0, 5, 0, 0]), -1);
+    c.cpl = 0;
+    c.code_size = crate::cpu::CodeSize::Bits32;
+    assert_eq!(call(c, 99, [0; 4]), i64::from(-1000i32 as u32));
+    assert_eq!(vm.pending(0x40), [0, 1, 5]);
+    assert_eq!(vm.cpus[2].asked(), request::INTERRUPT | request::UNHALT);
+}
+
+#[test]
+fn the_paravirtual_clock_agrees_with_the_tsc() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    // SAFETY: all the addresses below are RAM.
+    let word = |c: &Cpu, at: u64| unsafe { c.mmu.ram.host(at).unwrap().cast::<u64>().read_unaligned() };
+    let system_ns = |c: &Cpu| {
+        let (stamp, base, scale) = (word(c, 0x9008), word(c, 0x9010), word(c, 0x9018));
+        let (mul, shift) = (scale as u32, (scale >> 32) as i8);
+        let d = u128::from(c.tsc() - stamp);
+        let d = if shift >= 0 { d << shift } else { d >> -shift };
+        base + ((d * u128::from(mul)) >> 32) as u64
+    };
+    c.wr(msr::KVM_SYSTEM_TIME_NEW, 0x9001).unwrap();
+    let version = word(c, 0x9000) as u32;
+    assert!(version != 0 && version & 1 == 0);
+    assert_eq!(word(c, 0x9018) >> 40 & 1, 1);
+    assert!(c.env.vm.time.ns().abs_diff(system_ns(c)) < 1_000_000);
+    // Moving this vCPU's TSC does not move its time.
+    let tsc = c.tsc();
+    c.wr(msr::IA32_TSC, tsc + (1 << 45)).unwrap();
+    assert!(c.env.vm.time.ns().abs_diff(system_ns(c)) < 1_000_000);
+    assert_ne!(word(c, 0x9000) as u32, version);
+    // The flag for "the same everywhere" is gone.
+    assert_eq!(word(c, 0x9018) >> 40 & 1, 0);
+    c.wr(msr::KVM_WALL_CLOCK_NEW, 0xa000).unwrap();
+    let (sec, ns) = (word(c, 0xa000) >> 32, word(c, 0xa008) as u32);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let guests = Duration::new(sec, ns) + Duration::from_nanos(c.env.vm.time.ns());
+    assert!(guests.abs_diff(now) < Duration::from_millis(100));
+    // Where no RAM is, nothing happens.
+    c.wr(msr::KVM_SYSTEM_TIME_NEW, 0xffff_ffff_ffff_fff1).unwrap();
+    c.wr(msr::KVM_WALL_CLOCK_NEW, 0xfff8).unwrap();
+    c.wr(msr::KVM_WALL_CLOCK_NEW, u64::MAX).unwrap();
+}
+
+#[test]
+fn paravirtual_msrs_need_their_cpuid_bits() {
+    let memory = ringfort_memory::allocate(&[(0, 1 << 20)]).unwrap();
+    let me = Arc::new(VcpuShared::new(0));
+    let env = Env { bus: Arc::new(RecordingBus::default()), vm: Arc::new(VmShared::new()), me };
+    let mut c = Cpu::new(RamMap::new(&memory), CpuidTable::default(), env);
+    assert!(c.apic_read_msr(msr::KVM_SYSTEM_TIME_NEW).is_none());
+    assert!(c.apic_write_msr(msr::KVM_PV_EOI_EN, 1).is_none());
+    assert!(c.paravirt_msrs().is_empty());
+    assert!(c.apic_read_msr(msr::STAR).is_none());
+}
