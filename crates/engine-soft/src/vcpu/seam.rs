@@ -108,7 +108,8 @@ impl Vm for SoftVm {
         self.shared.inject_nmi(apic_id);
     }
 
-    /// Returns when no vCPU can store unseen any more. Not to be called on a vCPU's thread.
+    /// Returns when every vCPU's next store to any page will be logged. Once logged, a page's stores take the fast path again, so this is
+    /// called with `true` after each taking of the log as well, before the pages are read. Not to be called on a vCPU's thread.
     fn set_dirty_logging(&self, on: bool) {
         for slot in self.ram.slots() {
             slot.tracker.set_logging(on);

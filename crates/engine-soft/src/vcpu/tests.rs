@@ -379,6 +379,7 @@ fn dirty_logging_misses_no_store() {
         for _ in 0..20 {
             r.vm.set_dirty_logging(true);
             tracker.take_dirty();
+            r.vm.set_dirty_logging(true);
             let before = r.word(at::DATA + 0x3000);
             let start = Instant::now();
             while r.word(at::DATA + 0x3000) == before {
