@@ -9,6 +9,8 @@ DENY_VERSION = 0.20.2
 TOOLS = $(CURDIR)/target/tools
 # The software CPU needs an optimised build to be tested in sensible time; the `ci` profile keeps its assertions.
 PROFILE = ci
+# The fuzz targets are a workspace of their own; on random input they are part of the tests.
+FUZZ = --manifest-path fuzz/Cargo.toml
 # Seconds that each fuzz target runs for.
 FUZZ_SECONDS = 60
 
@@ -24,7 +26,7 @@ help: ## Say what there is
 	echo 'make lint    format and clippy only'
 	echo 'make unit    the tests only'
 	echo 'make deny    licences, duplicate and banned crates, sources'
-	echo 'make fuzz    every fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs a nightly toolchain and cargo-fuzz)'
+	echo 'make fuzz    every fuzz target for FUZZ_SECONDS=$(FUZZ_SECONDS) (needs a nightly toolchain, a C++ compiler and cargo-fuzz)'
 
 run: build
 	scripts/need $(GUEST_PACKAGES)
@@ -42,9 +44,12 @@ test:
 lint:
 	$(CARGO) fmt --all -- --check
 	$(CARGO) clippy --workspace --all-targets --profile $(PROFILE) -- -D warnings
+	$(CARGO) fmt $(FUZZ) -- --check
+	$(CARGO) clippy $(FUZZ) --target-dir target --all-targets --profile $(PROFILE) -- -D warnings
 
 unit:
 	$(CARGO) test --workspace --profile $(PROFILE)
+	$(CARGO) test $(FUZZ) --target-dir target --profile $(PROFILE)
 
 deny:
 	if command -v cargo-deny >/dev/null; then cargo-deny --workspace check licenses bans sources; else \
