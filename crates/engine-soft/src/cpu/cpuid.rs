@@ -70,12 +70,8 @@ impl Cpu {
             }
             0xb | 0x1f => l.edx = id,
             0xd if index == 0 => l.ebx = xsave_size(t, self.xcr0),
-            0xd if index == 1 => {
-                // Without XSAVEC and XSAVES there is no compacted format to size.
-                if l.eax & 0b1010 != 0 {
-                    l.ebx = compacted_size(t, self.xcr0);
-                }
-            }
+            // Without XSAVEC and XSAVES there is no compacted format to size.
+            0xd if index == 1 && l.eax & 0b1010 != 0 => l.ebx = compacted_size(t, self.xcr0),
             0x8000_001e => l.eax = id,
             _ => {}
         }

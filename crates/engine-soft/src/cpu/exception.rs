@@ -58,8 +58,6 @@ struct Gate {
     selector: u16,
     offset: u64,
     ist: u8,
-    /// Error code that names the entry.
-    error: u32,
 }
 
 impl Cpu {
@@ -220,7 +218,6 @@ impl Cpu {
                 _ => low,
             },
             ist: if long { (raw >> 32 & 7) as u8 } else { 0 },
-            error,
         })
     }
 

@@ -10,6 +10,7 @@ mod msr;
 mod new;
 mod segmentation;
 mod stack;
+mod state;
 mod task;
 mod transfer;
 mod trap;

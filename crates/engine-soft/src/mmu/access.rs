@@ -79,8 +79,8 @@ impl Cpu {
     #[inline(always)]
     pub fn store<T: Int>(&mut self, lin: u64, v: T) -> Result<(), Trap> {
         match self.probe(lin, T::SIZE, true) {
-            // SAFETY: as in `load`; the write tag stands only for RAM whose stores need no notice.
             Some(p) => {
+                // SAFETY: as in `load`; the write tag stands only for RAM whose stores need no notice.
                 unsafe { p.cast::<T>().write_unaligned(v) };
                 Ok(())
             }

@@ -99,9 +99,9 @@ impl Cpu {
         if self.cr0 & CR0_PG == 0 {
             return Some(lin & 0xffff_ffff);
         }
-        let read = |gpa: u64| self.mmu.ram.host(gpa).map_or(0, |p| load64(p));
+        let read = |gpa: u64| self.mmu.ram.host(gpa).map_or(0, load64);
         if self.cr4 & CR4_PAE == 0 {
-            let read32 = |gpa: u64| self.mmu.ram.host(gpa).map_or(0, |p| load32(p));
+            let read32 = |gpa: u64| self.mmu.ram.host(gpa).map_or(0, load32);
             let pde = read32((self.cr3 & 0xffff_f000) + (lin >> 22 & 0x3ff) * 4);
             if u64::from(pde) & pte::P == 0 {
                 return None;

@@ -33,7 +33,7 @@ fn u64_at(b: &[u8], at: usize) -> u64 {
 
 impl Cpu {
     /// The components that are not in their initial configuration (XINUSE).
-    pub(super) fn xinuse(&mut self) -> u64 {
+    pub(crate) fn xinuse(&mut self) -> u64 {
         let x87 = self.x87_image(Pointers::Offset64);
         let mut initial = [0u8; 160];
         initial[..2].copy_from_slice(&0x37fu16.to_le_bytes());

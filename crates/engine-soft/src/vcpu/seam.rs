@@ -222,12 +222,11 @@ impl Vcpu for SoftVcpu {
     }
 
     fn state(&mut self) -> Result<CpuState, EngineError> {
-        Err(EngineError::State("this build of the engine cannot read it".into()))
+        Ok(self.cpu.to_state())
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        let _ = state;
-        Err(EngineError::State("this build of the engine cannot set it".into()))
+        self.cpu.from_state(state)
     }
 
     fn reset(&mut self) -> Result<(), EngineError> {

@@ -339,13 +339,11 @@ fn xgetbv(cpu: &mut Cpu, _: &Op) -> Exec {
         return Err(cpu.ud());
     }
     let in_use = cpu.cpuid.find(0xd, 1).is_some_and(|l| l.eax & 4 != 0);
-    match cpu.regs[gpr::RCX] as u32 {
-        0 => {}
-        // XINUSE: every enabled component may count as in use.
-        1 if in_use => {}
+    let v = match cpu.regs[gpr::RCX] as u32 {
+        0 => cpu.xcr0,
+        1 if in_use => cpu.xcr0 & cpu.xinuse(),
         _ => return Err(cpu.gp(0)),
-    }
-    let v = cpu.xcr0;
+    };
     set_edx_eax(cpu, v);
     Ok(Flow::Next)
 }
