@@ -18,10 +18,47 @@ use std::os::fd::FromRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 /// The unit of the bitmap, in bytes.
 const BLOCK: u64 = 4096;
+
+/// Words in a leaf of the bitmap: one leaf stands for 128 MiB of disk.
+const LEAF: usize = 512;
+
+/// Bits, of which whole leaves are made when the first of theirs is set: huge sparse disks cost little.
+struct Bitmap {
+    leaves: Vec<OnceLock<Box<[AtomicU64]>>>,
+}
+
+impl Bitmap {
+    fn new(bits: u64) -> Bitmap {
+        let leaves = bits.div_ceil(LEAF as u64 * 64);
+        Bitmap { leaves: (0..leaves).map(|_| OnceLock::new()).collect() }
+    }
+
+    /// Leaf, word in it, mask in that.
+    fn place(bit: u64) -> (usize, usize, u64) {
+        let word = (bit / 64) as usize;
+        (word / LEAF, word % LEAF, 1 << (bit % 64))
+    }
+
+    fn get(&self, bit: u64) -> bool {
+        let (leaf, word, mask) = Bitmap::place(bit);
+        self.leaves[leaf].get().is_some_and(|l| l[word].load(Ordering::Acquire) & mask != 0)
+    }
+
+    fn set(&self, bit: u64) {
+        let (leaf, word, mask) = Bitmap::place(bit);
+        let make = || (0..LEAF).map(|_| AtomicU64::new(0)).collect();
+        self.leaves[leaf].get_or_init(make)[word].fetch_or(mask, Ordering::Release);
+    }
+
+    fn count(&self) -> u64 {
+        let words = self.leaves.iter().filter_map(OnceLock::get).flatten();
+        words.map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum()
+    }
+}
 
 /// A disk whose changes last as long as this value.
 pub struct Overlay {
@@ -29,12 +66,19 @@ pub struct Overlay {
     top: FileStorage,
     size: u64,
     /// One bit per block: the temporary file holds it. A bit is set once, after its data is there.
-    held: Vec<AtomicU64>,
+    held: Bitmap,
     /// Writes share it; whoever fills a block up from below or gives blocks back is alone.
     order: RwLock<()>,
 }
 
 impl Overlay {
+    /// Where temporary files of disks belong: `$TMPDIR`, else `/var/tmp`, which unlike `/tmp` is seldom in memory.
+    pub fn default_dir() -> PathBuf {
+        let named = std::env::var_os("TMPDIR").filter(|d| !d.is_empty()).map(PathBuf::from);
+        let usual = ["/var/tmp", "/tmp"].map(PathBuf::from).into_iter().find(|d| d.is_dir());
+        named.or(usual).unwrap_or_else(std::env::temp_dir)
+    }
+
     /// A layer on `base`, with its temporary file in `dir`.
     ///
     /// # Errors
@@ -44,27 +88,26 @@ impl Overlay {
         let fail = |source| BlockError::Overlay { dir: dir.into(), source };
         let file = unnamed_file(dir).map_err(fail)?;
         file.set_len(size.next_multiple_of(BLOCK)).map_err(fail)?;
-        let blocks = size.div_ceil(BLOCK);
         Ok(Overlay {
             base,
             top: FileStorage::anonymous(file, PathBuf::from(dir), size.next_multiple_of(BLOCK)),
             size,
-            held: (0..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            held: Bitmap::new(size.div_ceil(BLOCK)),
             order: RwLock::new(()),
         })
     }
 
     fn holds(&self, block: u64) -> bool {
-        self.held[(block / 64) as usize].load(Ordering::Acquire) >> (block % 64) & 1 != 0
+        self.held.get(block)
     }
 
     fn mark(&self, block: u64) {
-        self.held[(block / 64) as usize].fetch_or(1 << (block % 64), Ordering::Release);
+        self.held.set(block);
     }
 
     /// Bytes that the layer holds.
     pub fn held_bytes(&self) -> u64 {
-        self.held.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones()) * BLOCK).sum()
+        self.held.count() * BLOCK
     }
 
     /// Cut a range into runs that lie in one file: (offset, length, held).

@@ -66,3 +66,24 @@ fn a_directory_that_is_not_there_is_named() {
     let e = Overlay::new(base, Path::new("/nonexistent/place")).err().unwrap();
     assert!(e.to_string().contains("/nonexistent/place") && e.to_string().contains("TMPDIR"), "{e}");
 }
+
+#[test]
+fn a_huge_sparse_disk_costs_little() {
+    let dir = TempDir::new();
+    let path = dir.file("huge.img", &[1; 512]);
+    let size = 4u64 << 40;
+    // A file system with a smaller limit cannot be the place for this.
+    if std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(size).is_err() {
+        return;
+    }
+    let base = open_image(&path, &ImageOptions { read_only: true, ..Default::default() }).unwrap();
+    let overlay = Overlay::new(base, &dir.0).unwrap();
+    assert_eq!(overlay.size(), size);
+    overlay.write_at(&[SharedSlice::new(&[7; 100])], size - 100).unwrap();
+    overlay.write_at(&[SharedSlice::new(&[8; 2])], (128 << 20) - 1).unwrap();
+    assert_eq!(read(&overlay, size - 101, 101)[..2], [0, 7]);
+    assert_eq!(read(&overlay, (128 << 20) - 2, 4), [0, 8, 8, 0]);
+    assert_eq!(overlay.held_bytes(), 3 * BLOCK);
+    let leaves = overlay.held.leaves.iter().filter(|l| l.get().is_some()).count();
+    assert_eq!(leaves, 3);
+}
