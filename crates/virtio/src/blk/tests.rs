@@ -111,6 +111,28 @@ fn every_request_at_once_and_on_the_thread() {
 }
 
 #[test]
+fn cached_requests_are_done_when_the_doorbell_returns() {
+    let device = Blk::new(Arc::new(crate::testing::RamDisk::new(1 << 20)), &BlkOptions::default()).unwrap();
+    let mut rig = Rig::new(Arc::new(device), ALL);
+    for (kind, len, at_once) in
+        [(IN, 512, true), (OUT, 4096, true), (IN, 256 << 10, false), (FLUSH, 0, false)]
+    {
+        rig.write(HEADER, &[0; 16]);
+        rig.write(HEADER, &[kind as u8]);
+        let mut chain = vec![(HEADER, 16, false), (DATA, len, kind == IN), (STATUS, 1, true)];
+        if len == 0 {
+            chain.remove(1);
+        }
+        rig.send(0, &chain);
+        if at_once {
+            assert!(rig.rings[0].take_used().is_some(), "{kind} of {len} bytes");
+        } else {
+            rig.used(0);
+        }
+    }
+}
+
+#[test]
 fn errors_have_the_right_status() {
     let (_file, blk) = disk(&[1; 8192], BlkOptions::default(), false);
     let mut rig = Rig::new(blk, ALL);

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::{Queue, QueueError, Served, Signals, VirtioDevice};
+use crate::{Queue, QueueError, Quick, Served, Signals, VirtioDevice};
 use ringfort_bus::lock;
 use ringfort_devices::serial::SerialSink;
 use serde::{Deserialize, Serialize};
@@ -43,7 +43,7 @@ pub struct Console {
 }
 
 impl Console {
-    /// A console whose output goes to `sink`, on the console's I/O thread; when the sink takes less than it was given,
+    /// A console whose output goes to `sink`, on a vCPU or the console's I/O thread; when the sink takes less than it was given,
     /// call [`transmit_ready`](Self::transmit_ready) once it has room again. `on_room` is called (on the I/O thread) when input can be taken again
     /// after [`input`](Self::input) took less than it was given.
     pub fn new(sink: Box<dyn SerialSink>, on_room: Box<dyn Fn() + Send + Sync>) -> Console {
@@ -119,20 +119,25 @@ impl Console {
         }
     }
 
-    fn transmit(&self, queue: &mut Queue) -> Result<Served, QueueError> {
+    /// Send what the driver gives, chains longer than `longest` excepted.
+    fn transmit(&self, queue: &mut Queue, longest: u64) -> Result<Served, QueueError> {
         let mut piece = [0; PIECE];
         while let Some(chain) = queue.pop()? {
-            let mut at = std::mem::take(&mut lock(&self.state).sent);
-            while at < chain.readable() {
+            let end = chain.readable();
+            let mut at = std::mem::take(&mut lock(&self.state).sent).min(end);
+            let mut stuck = end > longest;
+            while at < end && !stuck {
                 let n = chain.read(at, &mut piece);
                 let taken = lock(&self.sink).write(&piece[..n]).min(n);
                 at += taken as u64;
-                if taken < n {
-                    // The chain stays the driver's next one, so that saved state needs no more than the position.
-                    lock(&self.state).sent = at;
-                    queue.undo_pop(chain);
-                    return Ok(Served::Waiting);
-                }
+                // A long chain must not hold up a pause either.
+                stuck = taken < n || !queue.is_open();
+            }
+            if at < end {
+                // The chain stays the driver's next one, so that saved state needs no more than the position.
+                lock(&self.state).sent = at;
+                queue.undo_pop(chain);
+                return Ok(Served::Waiting);
             }
             queue.complete(chain, 0);
         }
@@ -186,6 +191,21 @@ impl VirtioDevice for Console {
         }
     }
 
+    fn has_quick(&self) -> bool {
+        true
+    }
+
+    /// A sink does not wait, so short output goes at once.
+    fn quick(&self, queue: &mut Queue) -> Result<Quick, QueueError> {
+        if queue.index() != TX {
+            return Ok(Quick::Later);
+        }
+        Ok(match self.transmit(queue, PIECE as u64)? {
+            Served::Drained => Quick::Done,
+            Served::Waiting => Quick::Later,
+        })
+    }
+
     fn reset(&self) {
         lock(&self.state).sent = 0;
     }
@@ -197,7 +217,7 @@ impl VirtioDevice for Console {
     fn service(&self, queue: &mut Queue) -> Result<Served, QueueError> {
         match queue.index() {
             RX => self.receive(queue),
-            TX => self.transmit(queue),
+            TX => self.transmit(queue, u64::MAX),
             _ => Ok(Served::Waiting),
         }
     }

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use crate::{Grouping, Queue, QueueError, Served, VirtioDevice};
+use crate::{Queue, QueueError, Quick, Served, VirtioDevice};
 
 /// Most bytes given for one request. The driver asks again for more; the bound keeps a huge buffer from holding
 /// the thread.
@@ -55,10 +55,6 @@ impl VirtioDevice for Rng {
         vec![64]
     }
 
-    fn grouping(&self) -> Grouping {
-        Grouping::Single
-    }
-
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn service(&self, queue: &mut Queue) -> Result<Served, QueueError> {
@@ -70,5 +66,14 @@ impl VirtioDevice for Rng {
             queue.complete(chain, written as u32);
         }
         Ok(Served::Drained)
+    }
+
+    fn has_quick(&self) -> bool {
+        true
+    }
+
+    /// The kernel's generator does not wait, and requests are bounded.
+    fn quick(&self, queue: &mut Queue) -> Result<Quick, QueueError> {
+        self.service(queue).map(|_| Quick::Done)
     }
 }
