@@ -6,5 +6,8 @@ pub mod acpi;
 pub mod boot;
 mod bytes;
 pub mod layout;
+pub mod machine;
 pub mod mptable;
 pub mod smbios;
+
+pub use machine::{Identity, Pc, PcConfig, PcError, SerialPort, Timers};

@@ -89,7 +89,7 @@ fn bzimage_by_the_64_bit_entry() {
     assert_eq!(code, s.segments[1]);
     assert_eq!(Segment::from_descriptor(0x18, u64_at(&gdt, 8)), s.segments[3]);
     let entry = |table: u64, i: u64| u64_at(&read(&m, table + 8 * i, 8), 0);
-    for address in [0u64, 0x12_3456_7, 0xffff_ffff] {
+    for address in [0u64, 0x0123_4567, 0xffff_ffff] {
         let pdpt = entry(s.cr3, 0) & !0xfff;
         let pd = entry(pdpt, address >> 30) & !0xfff;
         let e = entry(pd, address >> 21 & 511);

@@ -119,7 +119,7 @@ impl Layout {
         if ram < MIN_RAM {
             return Err(MemoryError::Layout(format!("{ram} bytes of RAM are too few; give at least 4M")));
         }
-        if ram % PAGE_SIZE != 0 {
+        if !ram.is_multiple_of(PAGE_SIZE) {
             return Err(MemoryError::Layout(format!("{ram} bytes of RAM are no multiple of 4096")));
         }
         let layout = Layout { ram, physical_bits: physical_bits.clamp(36, 52) };

@@ -15,7 +15,7 @@ fn ram_is_split_at_the_hole() {
 
 #[test]
 fn impossible_sizes_are_refused() {
-    for ram in [0, 4095, MIN_RAM - 4096, MIN_RAM + 1, 1 << 40, u64::MAX & !4095] {
+    for ram in [0, 4095, MIN_RAM - 4096, MIN_RAM + 1, 1 << 40, !4095] {
         let e = Layout::new(ram, 40).unwrap_err().to_string();
         assert!(e.starts_with("memory layout: "), "{e}");
     }

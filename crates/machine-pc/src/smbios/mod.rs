@@ -215,7 +215,7 @@ fn memory(t: &mut Structures, layout: &Layout) {
     for n in 0..devices.min(256) {
         let size = (layout.ram() - n * DIMM).min(DIMM);
         // Sizes in MiB, or in KiB with the top bit when no whole MiB.
-        let field = if size % (1 << 20) == 0 && size >> 20 < 0x7fff {
+        let field = if size.is_multiple_of(1 << 20) && size >> 20 < 0x7fff {
             (size >> 20) as u16
         } else if size >> 20 >= 0x7fff {
             0x7fff

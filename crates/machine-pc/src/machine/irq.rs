@@ -1,0 +1,143 @@
+//! Interrupt lines: from devices to the 8259 pair and the I/O APIC, and from those to the engine.
+
+use ringfort_bus::{IrqLine, MsiMessage, MsiSink, Shared, lock};
+use ringfort_devices::acpi_pm::AcpiPm;
+use ringfort_devices::ioapic::IoApic;
+use ringfort_devices::line::{Fan, input};
+use ringfort_devices::pci::{LpcListener, WiredOr};
+use ringfort_devices::pic::Pic;
+use ringfort_engine::Vm;
+use std::sync::{Arc, Mutex, OnceLock};
+
+/// The engine's VM, which exists only after the machine does. Messages before that go nowhere: there is no CPU that could
+/// take them.
+#[derive(Default)]
+pub(super) struct VmLink(pub OnceLock<Arc<dyn Vm>>);
+
+impl MsiSink for VmLink {
+    fn send(&self, msg: MsiMessage) {
+        if let Some(vm) = self.0.get() {
+            vm.send_msi(msg.address, msg.data);
+        }
+    }
+}
+
+/// INTR of the master 8259.
+pub(super) struct ExtInt(pub Arc<VmLink>);
+
+impl IrqLine for ExtInt {
+    fn set(&self, high: bool) {
+        if let Some(vm) = self.0.0.get() {
+            vm.set_extint(high);
+        }
+    }
+}
+
+struct Route {
+    level: bool,
+    irq: Option<u8>,
+}
+
+/// One PCI interrupt wire: to its I/O APIC input, and to the 8259 input that the LPC bridge routes it to.
+struct Pirq {
+    ioapic: Arc<dyn IrqLine>,
+    pic: Vec<Arc<dyn IrqLine>>,
+    route: Mutex<Route>,
+}
+
+impl Pirq {
+    fn drive(&self, irq: Option<u8>, high: bool) {
+        if let Some(line) = irq.and_then(|i| self.pic.get(usize::from(i))) {
+            line.set(high);
+        }
+    }
+
+    fn route(&self, irq: Option<u8>) {
+        let mut r = lock(&self.route);
+        if r.irq != irq {
+            self.drive(r.irq, false);
+            r.irq = irq;
+            self.drive(irq, r.level);
+        }
+    }
+}
+
+impl IrqLine for Pirq {
+    fn set(&self, high: bool) {
+        let mut r = lock(&self.route);
+        r.level = high;
+        self.drive(r.irq, high);
+        self.ioapic.set(high);
+    }
+}
+
+/// All interrupt wires of the board.
+pub(super) struct Wires {
+    pic: Vec<Arc<WiredOr>>,
+    ioapic: Shared<IoApic>,
+    pirq: Vec<(Arc<Pirq>, Arc<WiredOr>)>,
+}
+
+impl Wires {
+    pub fn new(pic: &Shared<Pic>, ioapic: &Shared<IoApic>) -> Wires {
+        let pic: Vec<_> = (0..16).map(|n| WiredOr::new(input(pic, n))).collect();
+        let pirq = (0..8)
+            .map(|n| {
+                let p = Arc::new(Pirq {
+                    ioapic: input(ioapic, crate::layout::PCI_GSI_BASE as u8 + n),
+                    pic: pic.iter().map(|w| w.input()).collect(),
+                    route: Mutex::new(Route { level: false, irq: None }),
+                });
+                (p.clone(), WiredOr::new(p))
+            })
+            .collect();
+        Wires { pic, ioapic: ioapic.clone(), pirq }
+    }
+
+    /// A line to ISA interrupt `irq`: the 8259 input, and the I/O APIC's of the same number, but 2 for 0.
+    pub fn isa(&self, irq: u8) -> Arc<dyn IrqLine> {
+        let pin = if irq == 0 { 2 } else { irq };
+        let io = input(&self.ioapic, pin);
+        match self.pic.get(usize::from(irq)) {
+            Some(p) => Arc::new(Fan(vec![p.input(), io])),
+            None => io,
+        }
+    }
+
+    /// A line for pin `pin` (1 to 4) of PCI device `device`.
+    pub fn intx(&self, device: u8, pin: u8) -> Arc<dyn IrqLine> {
+        let n = crate::layout::pci_gsi(device, pin) - crate::layout::PCI_GSI_BASE;
+        self.pirq[n as usize & 7].1.input()
+    }
+}
+
+/// Follows what the guest programs into the LPC bridge.
+pub(super) struct Follower {
+    pub wires: Arc<Wires>,
+    pub pio: Arc<ringfort_bus::PioBus>,
+    pub pm: Shared<AcpiPm>,
+    /// Where the ACPI block is mapped now.
+    pub at: Mutex<Option<u16>>,
+}
+
+impl LpcListener for Follower {
+    fn pirq_changed(&self, n: u8, irq: Option<u8>) {
+        if let Some((p, _)) = self.wires.pirq.get(usize::from(n)) {
+            p.route(irq);
+        }
+    }
+
+    fn acpi_base_changed(&self, base: Option<u16>) {
+        let mut at = lock(&self.at);
+        if let Some(old) = at.take() {
+            self.pio.remove(old.into());
+        }
+        let Some(base) = base else { return };
+        lock(&self.pm).set_base(base);
+        // A guest that puts the block over another device has no ACPI registers until it moves it away.
+        let len = crate::layout::PM_SIZE.into();
+        if self.pio.insert("acpi-pm", base.into(), len, self.pm.clone()).is_ok() {
+            *at = Some(base);
+        }
+    }
+}
