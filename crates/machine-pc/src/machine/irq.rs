@@ -2,7 +2,7 @@
 
 use ringfort_bus::{IrqLine, MsiMessage, MsiSink, Shared, lock};
 use ringfort_devices::acpi_pm::AcpiPm;
-use ringfort_devices::ioapic::IoApic;
+use ringfort_devices::ioapic::{IoApic, PINS};
 use ringfort_devices::line::{Fan, input};
 use ringfort_devices::pci::{LpcListener, WiredOr};
 use ringfort_devices::pic::Pic;
@@ -74,34 +74,38 @@ impl IrqLine for Pirq {
 /// All interrupt wires of the board.
 pub(super) struct Wires {
     pic: Vec<Arc<WiredOr>>,
-    ioapic: Shared<IoApic>,
+    ioapic: Vec<Arc<WiredOr>>,
     pirq: Vec<(Arc<Pirq>, Arc<WiredOr>)>,
 }
 
 impl Wires {
     pub fn new(pic: &Shared<Pic>, ioapic: &Shared<IoApic>) -> Wires {
         let pic: Vec<_> = (0..16).map(|n| WiredOr::new(input(pic, n))).collect();
+        let ioapic: Vec<_> = (0..PINS).map(|n| WiredOr::new(input(ioapic, n))).collect();
         let pirq = (0..8)
             .map(|n| {
                 let p = Arc::new(Pirq {
-                    ioapic: input(ioapic, crate::layout::PCI_GSI_BASE as u8 + n),
+                    ioapic: ioapic[crate::layout::PCI_GSI_BASE as usize + n].input(),
                     pic: pic.iter().map(|w| w.input()).collect(),
                     route: Mutex::new(Route { level: false, irq: None }),
                 });
                 (p.clone(), WiredOr::new(p))
             })
             .collect();
-        Wires { pic, ioapic: ioapic.clone(), pirq }
+        Wires { pic, ioapic, pirq }
     }
 
     /// A line to ISA interrupt `irq`: the 8259 input, and the I/O APIC's of the same number, but 2 for 0.
     pub fn isa(&self, irq: u8) -> Arc<dyn IrqLine> {
-        let pin = if irq == 0 { 2 } else { irq };
-        let io = input(&self.ioapic, pin);
-        match self.pic.get(usize::from(irq)) {
-            Some(p) => Arc::new(Fan(vec![p.input(), io])),
-            None => io,
-        }
+        let mut lines = Vec::new();
+        lines.extend(self.pic.get(usize::from(irq)).map(|p| p.input()));
+        lines.extend(self.ioapic(if irq == 0 { 2 } else { irq }));
+        Arc::new(Fan(lines))
+    }
+
+    /// A line to I/O APIC input `pin` alone, if there is such an input.
+    pub fn ioapic(&self, pin: u8) -> Option<Arc<dyn IrqLine>> {
+        self.ioapic.get(usize::from(pin)).map(|p| p.input())
     }
 
     /// A line for pin `pin` (1 to 4) of PCI device `device`.

@@ -21,8 +21,10 @@ use ringfort_bus::{
 use ringfort_devices::acpi_pm::{self, AcpiPm, ResetControl};
 use ringfort_devices::debug_exit::{self, DebugExit};
 use ringfort_devices::debugcon::DebugCon;
+use ringfort_devices::hpet::{self, Hpet};
 use ringfort_devices::i8042::{self, I8042};
 use ringfort_devices::ioapic::IoApic;
+use ringfort_devices::line::LineMux;
 use ringfort_devices::pci::{
     Bdf, ConfigPorts, HostBridge, Lpc, PciBus, PciError, PciFunction, Window, Windows,
 };
@@ -75,6 +77,8 @@ pub struct PcConfig {
     pub debug_exit: Option<u16>,
     /// pvpanic device.
     pub pvpanic: bool,
+    /// High-precision event timer.
+    pub hpet: bool,
     /// One-line remarks about the guest.
     pub log: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -142,6 +146,7 @@ pub struct Pc {
     keyboard: Shared<I8042>,
     serial: Vec<Shared<Serial>>,
     pvpanic: bool,
+    hpet: bool,
     /// All but PCI functions, configuration ports and the two interrupt controllers, in the order they are saved in.
     devices: Vec<Arc<Mutex<dyn Device>>>,
     _follower: Arc<Follower>,
@@ -173,8 +178,10 @@ impl Pc {
         }
         mmio.insert("ioapic", layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic.clone())?;
 
+        // In legacy replacement mode the HPET takes IRQ 0 and 8 over.
+        let legacy = [LineMux::new(wires.isa(0)), LineMux::new(wires.isa(rtc::IRQ))];
         let (timer, number) = timers.timer();
-        let pit = shared(Pit::new(clock.clone(), timer, wires.isa(0)));
+        let pit = shared(Pit::new(clock.clone(), timer, legacy[0].input(false)));
         bind(timers, &pit, number);
         for (base, len) in pit::PORTS {
             pio.insert("pit", base.into(), len.into(), pit.clone())?;
@@ -182,10 +189,20 @@ impl Pc {
         devices.push(pit);
 
         let (timer, number) = timers.timer();
-        let rtc = shared(Rtc::new(clock.clone(), timer, wires.isa(rtc::IRQ)));
+        let rtc = shared(Rtc::new(clock.clone(), timer, legacy[1].input(false)));
         bind(timers, &rtc, number);
         pio.insert("rtc", rtc::BASE.into(), rtc::LEN.into(), rtc.clone())?;
         devices.push(rtc.clone());
+
+        if config.hpet {
+            let routed = |n: u8| if hpet::ROUTES >> n & 1 != 0 { wires.ioapic(n) } else { None };
+            let out = hpet::Outputs { pins: (0..32).map(routed).collect(), legacy, msi: vm.clone() };
+            let (timer, number) = timers.timer();
+            let d = shared(Hpet::new(3, clock.clone(), timer, out));
+            bind(timers, &d, number);
+            mmio.insert("hpet", layout::HPET_BASE, layout::HPET_SIZE, d.clone())?;
+            devices.push(d);
+        }
 
         // A20 is always open, as on every chipset since the 2010s: both gates are kept and lead nowhere.
         let irqs = [wires.isa(i8042::IRQS.0), wires.isa(i8042::IRQS.1)];
@@ -271,6 +288,7 @@ impl Pc {
             keyboard,
             serial: ports,
             pvpanic: config.pvpanic,
+            hpet: config.hpet,
             devices,
             _follower: follower,
         };
@@ -371,7 +389,7 @@ impl Pc {
             layout: &self.layout,
             apic_ids: &apic_ids,
             serial: &serial,
-            hpet: false,
+            hpet: self.hpet,
             i8042: true,
             pvpanic: self.pvpanic,
             s5_type: acpi_pm::sleep_type::S5,

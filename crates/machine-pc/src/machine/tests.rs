@@ -93,6 +93,7 @@ impl Rig {
             debugcon: Some((0x402, Box::new(|_| {}))),
             debug_exit: Some(debug_exit::PORT),
             pvpanic: true,
+            hpet: true,
             log: Arc::new(|_| {}),
         };
         let pc = Pc::new(config, &timers).unwrap();
@@ -151,6 +152,29 @@ fn the_pit_reaches_both_controllers() {
     assert!(*lock(&r.vm.extint));
     assert_eq!(r.pc.extint_vector(), 0x20);
     assert!(!*lock(&r.vm.extint));
+}
+
+#[test]
+fn the_hpet_replaces_the_pit() {
+    let r = Rig::new();
+    r.io_pin(2, 0x42);
+    r.io_pin(20, 0x54);
+    let write = |at: u64, v: u64| r.pc.mmio_write(layout::HPET_BASE + at, &v.to_le_bytes());
+    // Comparator 0 in legacy mode and comparator 2 on input 20, both one-shot after 100 ticks of 10 ns.
+    write(0x100, 1 << 2);
+    write(0x108, 100);
+    write(0x140, 1 << 2 | 20 << 9);
+    write(0x148, 100);
+    write(0x10, 3);
+    r.outb(0x43, 0x34);
+    r.outb(0x40, 1);
+    r.outb(0x40, 0);
+    r.msis();
+    r.clock.advance(1000);
+    r.timers.run(1000);
+    let mut got = r.msis();
+    got.sort();
+    assert_eq!(got, [(0xfee0_0000, 0x42), (0xfee0_0000, 0x54)]);
 }
 
 #[test]
