@@ -4,12 +4,18 @@
 //! Every device is a plain struct that knows its registers and nothing of the host. Time, interrupts and byte
 //! streams come in as the traits of `ringfort-bus`, so each is tested against its data sheet without a machine.
 //! One device lies in one folder: model, state and tests.
+//!
+//! # Loading a saved machine
+//! Continue the machine's clock where it stood, then load the devices, and the interrupt controllers ([`pic`],
+//! [`ioapic`]) last: devices drive their lines while they load, and what that latched is then replaced by what was
+//! latched when the state was saved.
 #![forbid(unsafe_code)]
 
 pub mod acpi_pm;
 mod alarm;
 pub mod debug_exit;
 pub mod debugcon;
+pub mod fw_cfg;
 pub mod hpet;
 pub mod i8042;
 pub mod ioapic;

@@ -42,6 +42,8 @@ struct State {
     control: u8,
     /// Tick of the next rise of OUT 0 that has not been given to the line.
     edge: Option<u64>,
+    /// Level given to channel 0's line.
+    level: bool,
 }
 
 impl State {
@@ -50,6 +52,7 @@ impl State {
             counters: [Counter::new(true), Counter::new(true), Counter::new(false)],
             control: 0,
             edge: None,
+            level: false,
         }
     }
 }
@@ -87,6 +90,7 @@ impl Pit {
         if rose {
             self.irq.set(false);
             self.irq.set(true);
+            self.state.level = true;
         }
         self.schedule(now, t, rose);
         t
@@ -107,7 +111,8 @@ impl Pit {
 
     /// After a write to channel 0: its output may have changed at once.
     fn follow(&mut self, t: u64) {
-        self.irq.set(self.state.counters[0].out(t));
+        self.state.level = self.state.counters[0].out(t);
+        self.irq.set(self.state.level);
         let now = self.clock.now_ns();
         self.schedule(now, t, false);
     }
@@ -201,6 +206,7 @@ impl Device for Pit {
             return Err(section.invalid("a counter holds an impossible value"));
         }
         self.state = s;
+        self.irq.set(self.state.level);
         // An edge that is due by now comes with the alarm, which goes off at once.
         match self.state.counters[0].reload_at().or(self.state.edge) {
             Some(at) => self.alarm.arm(nanoseconds(at)),

@@ -251,6 +251,7 @@ fn refresh_toggles_and_state_survives() {
     q.clock.advance(r.clock.now_ns());
     q.pit.load(&s).unwrap();
     assert_eq!(q.timer.deadline(), r.timer.deadline());
+    assert!(q.wire.high() && q.wire.take_edges() == 1, "the line is as it was");
     q.to(2100);
     r.wire.take_edges();
     r.to(2100);
