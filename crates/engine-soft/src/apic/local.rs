@@ -2,7 +2,7 @@
 
 use super::timer::Timer;
 use super::{Delivery, Mode, reg};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Shadow};
 use crate::vcpu::time::HostClock;
 use crate::vcpu::{Paravirt, request};
 use std::sync::atomic::Ordering;
@@ -19,6 +19,8 @@ pub struct Local {
     pub page: u64,
     /// Requests that could not be acted on and that [`Cpu::interrupts_maybe`] raises again.
     pub held: u32,
+    /// How long HLT watches for a request before it sleeps, in nanoseconds; see `vcpu::look_up`.
+    pub poll_ns: u32,
     /// PV unhalt: the next HLT ends at once.
     pub unhalted: bool,
     /// Paravirtual interface.
@@ -38,6 +40,7 @@ impl Local {
             tsc_adjust: 0,
             page: super::DEFAULT_BASE,
             held: 0,
+            poll_ns: 0,
             unhalted: false,
             pv: Paravirt::new(cpuid),
             interrupts: 0,
@@ -58,6 +61,10 @@ impl Cpu {
 
     #[cold]
     fn raise_held(&mut self) {
+        // In an interrupt shadow it is called once more when that ends.
+        if self.shadow != Shadow::None {
+            return;
+        }
         let held = std::mem::take(&mut self.local.held);
         self.env.me.requests.fetch_or(held, Ordering::SeqCst);
         self.stop_block();

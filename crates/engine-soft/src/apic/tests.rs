@@ -17,6 +17,7 @@ const PAGE: u64 = DEFAULT_BASE;
 struct Vm {
     shared: Arc<VmShared>,
     bus: Arc<RecordingBus>,
+    #[allow(clippy::vec_box, reason = "as the seam holds them")]
     cpus: Vec<Box<Cpu>>,
 }
 

@@ -60,10 +60,16 @@ impl Cpu {
 
     /// A serialising instruction (CPUID, IRET, writes to control registers...): code that other vCPUs wrote before now is seen from now on.
     pub fn serialize(&mut self) {
+        let mut spins = 0u32;
         while !self.env.vm.code_sync.settled() {
             // The others may be waiting for this one just so.
             self.take_code_posts();
             std::hint::spin_loop();
+            spins += 1;
+            if spins % 256 == 0 {
+                // The one that is waited for may have no host CPU.
+                std::thread::yield_now();
+            }
         }
     }
 

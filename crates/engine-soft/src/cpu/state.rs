@@ -208,7 +208,8 @@ impl Cpu {
         if let Some(v) = value(IA32_TSC_DEADLINE) {
             self.restore_msr(IA32_TSC_DEADLINE, v)?;
         }
-        if self.set_cr8(s.cr8).is_err() {
+        // TPR is in the APIC's page; CR8 is only its upper half.
+        if self.cr8() != s.cr8 && self.set_cr8(s.cr8).is_err() {
             return Err(refuse("CR8 is not possible"));
         }
 

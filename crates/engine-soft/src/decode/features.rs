@@ -129,6 +129,11 @@ impl FeatureSet {
             }
         }
         ALWAYS.iter().for_each(|&f| set.add(f));
+        if crate::vcpu::is_kvm(table) {
+            // For VMCALL and VMMCALL; nothing else of these has a handler.
+            set.add(F::VMX);
+            set.add(F::SVM);
+        }
         set
     }
 

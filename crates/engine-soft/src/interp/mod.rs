@@ -87,4 +87,5 @@ pub fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
         .or_else(|| exchange::lower(ctx))
         .or_else(|| string::lower(ctx))
         .or_else(|| decimal::lower(ctx))
+        .or_else(|| crate::vcpu::lower(ctx))
 }

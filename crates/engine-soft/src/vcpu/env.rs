@@ -127,6 +127,10 @@ pub struct VmShared {
     pub code_sync: CodeSync,
     /// Time.
     pub time: VmTime,
+    /// vCPUs that a host CPU runs or should run.
+    pub(crate) awake: AtomicU32,
+    /// Host CPUs that this process may use.
+    pub(crate) host_cpus: u32,
     /// Whose turn it is among equals in lowest-priority delivery.
     pub(crate) turn: AtomicU32,
     vcpus: RwLock<Vec<Arc<VcpuShared>>>,
@@ -139,6 +143,8 @@ impl VmShared {
             extint: AtomicBool::new(false),
             code_sync: CodeSync::default(),
             time: VmTime::new(),
+            awake: AtomicU32::new(0),
+            host_cpus: std::thread::available_parallelism().map_or(1, |n| n.get() as u32),
             turn: AtomicU32::new(0),
             vcpus: RwLock::default(),
         }

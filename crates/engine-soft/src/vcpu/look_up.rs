@@ -6,6 +6,12 @@ use ringfort_engine::{MpState, VcpuExit};
 use ringfort_x86::flags::IF;
 use ringfort_x86::segment::CS;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// About what it takes to wake a sleeping thread. A timer that is due sooner is waited for awake.
+const WAKE_UP: Duration = Duration::from_micros(60);
+/// The longest that HLT watches before it sleeps.
+const POLL_MAX: Duration = Duration::from_micros(200);
 
 impl Cpu {
     /// Act on requests and on states other than running; an exit if the caller is needed. A request that cannot be acted on
@@ -112,16 +118,46 @@ impl Cpu {
         }
     }
 
-    /// Sleep until a request or `timeout`.
-    fn idle(&mut self, timeout: Option<std::time::Duration>) {
+    /// Wait until a request or `timeout`: watch for a moment where that is likely to pay, then sleep.
+    fn idle(&mut self, timeout: Option<Duration>) {
         self.publish_counters();
+        let clock = self.local.clock;
+        let start = clock.now();
+        let near = timeout.is_some_and(|t| t < WAKE_UP);
+        if near || self.polls() {
+            let window = if near { WAKE_UP } else { Duration::from_nanos(self.local.poll_ns.into()) };
+            let window = timeout.map_or(window, |t| t.min(window)).as_nanos() as u64;
+            while self.env.me.requests.load(Ordering::SeqCst) == 0 && clock.ns(clock.now() - start) < window {
+                std::hint::spin_loop();
+            }
+        }
+        let timeout = self.timer_wait();
         if self.env.me.requests.load(Ordering::SeqCst) == 0 && timeout.is_none_or(|t| !t.is_zero()) {
             self.local.sleeps += 1;
             let epoch = self.enter_sleep();
+            self.env.vm.awake.fetch_sub(1, Ordering::Relaxed);
             self.env.me.wait(timeout);
+            self.env.vm.awake.fetch_add(1, Ordering::Relaxed);
             self.leave_sleep(epoch);
         }
         self.check_timer();
+        self.adapt_polling(clock.ns(clock.now() - start));
+    }
+
+    /// Whether watching is allowed: the guest has not asked to do without, and no other vCPU waits for a host CPU.
+    fn polls(&self) -> bool {
+        self.local.poll_ns != 0
+            && self.activity == Activity::Halted
+            && self.local.pv.wants_polling()
+            && self.env.vm.awake.load(Ordering::Relaxed) <= self.env.vm.host_cpus
+    }
+
+    /// Short waits make the next one watch, up to longer than a wake-up takes; long ones make it sleep at once, so that an idle guest
+    /// costs nothing.
+    fn adapt_polling(&mut self, waited_ns: u64) {
+        let most = POLL_MAX.as_nanos() as u64;
+        self.local.poll_ns =
+            if waited_ns <= most { (self.local.poll_ns * 2).clamp(20_000, most as u32) } else { 0 };
     }
 
     /// INIT: the boot processor starts over at the reset vector, others wait for a start-up message (Intel SDM 3A section 9.4).

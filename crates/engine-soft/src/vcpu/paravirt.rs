@@ -8,6 +8,8 @@ use super::env::request;
 use super::time::clock_ns;
 use crate::apic::{Delivery, reg};
 use crate::cpu::{Cpu, gpr};
+use crate::decode::{Ctx, Exec, Flow, Handler, Op};
+use iced_x86::Mnemonic;
 use ringfort_engine::CpuidTable;
 use ringfort_x86::msr;
 use std::sync::Arc;
@@ -88,14 +90,18 @@ pub struct Paravirt {
 impl Paravirt {
     /// For a guest with this CPUID.
     pub fn new(cpuid: &CpuidTable) -> Paravirt {
-        let kvm = cpuid.find(0x4000_0000, 0).is_some_and(|l| (l.ebx, l.ecx, l.edx) == SIGNATURE);
-        let declared = if kvm { cpuid.find(0x4000_0001, 0).map_or(0, |l| l.eax) } else { 0 };
+        let declared = if is_kvm(cpuid) { cpuid.find(0x4000_0001, 0).map_or(0, |l| l.eax) } else { 0 };
         Paravirt { features: declared & paravirt_features(), poll_control: 1, ..Paravirt::default() }
     }
 
     /// After reset or INIT.
     pub(crate) fn reset(&mut self) {
         *self = Paravirt { features: self.features, poll_control: 1, ..Paravirt::default() };
+    }
+
+    /// Whether HLT may watch for interrupts before it sleeps: a guest that does so itself switches it off.
+    pub(crate) fn wants_polling(&self) -> bool {
+        self.poll_control & 1 != 0
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -328,6 +334,22 @@ impl Cpu {
         }
         sent
     }
+}
+
+/// VMCALL and VMMCALL as instructions. They exist for guests whose CPUID has KVM's leaf (see `decode::FeatureSet`): those are told to use
+/// either, whatever the vendor.
+pub(crate) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
+    matches!(ctx.i.mnemonic(), Mnemonic::Vmcall | Mnemonic::Vmmcall).then_some(vmcall as Handler)
+}
+
+fn vmcall(cpu: &mut Cpu, _: &Op) -> Exec {
+    cpu.hypercall();
+    Ok(Flow::EndBlock)
+}
+
+/// Whether CPUID says that the hypervisor is KVM.
+pub(crate) fn is_kvm(cpuid: &CpuidTable) -> bool {
+    cpuid.find(0x4000_0000, 0).is_some_and(|l| (l.ebx, l.ecx, l.edx) == SIGNATURE)
 }
 
 /// Factor and shift by which the guest turns TSC ticks into nanoseconds: ns = (ticks << shift) · mul >> 32, a negative shift goes to the

@@ -114,7 +114,13 @@ impl Cpu {
         match (op.run)(self, op) {
             Ok(Flow::Next | Flow::EndBlock) => self.advance(op),
             Ok(Flow::Branch) => {}
-            Err(t) => return self.deliver_trap(t, Some(op)),
+            Err(t) => {
+                self.deliver_trap(t, Some(op));
+                if shadow != Shadow::None {
+                    self.interrupts_maybe();
+                }
+                return;
+            }
         }
         // RF lasts for one instruction, unless that instruction has just loaded it (IRET, task switch).
         if resume != 0 && !self.loaded_rf {

@@ -171,6 +171,7 @@ struct Awake<'a>(&'a mut SoftVcpu);
 impl<'a> Awake<'a> {
     fn new(v: &'a mut SoftVcpu) -> Awake<'a> {
         v.cpu.leave_sleep(v.epoch);
+        v.cpu.env.vm.awake.fetch_add(1, Ordering::Relaxed);
         v.cpu.fpu_load();
         Awake(v)
     }
@@ -179,6 +180,7 @@ impl<'a> Awake<'a> {
 impl Drop for Awake<'_> {
     fn drop(&mut self) {
         self.0.cpu.publish_counters();
+        self.0.cpu.env.vm.awake.fetch_sub(1, Ordering::Relaxed);
         self.0.cpu.fpu_save();
         self.0.epoch = self.0.cpu.enter_sleep();
     }
@@ -189,6 +191,7 @@ impl Vcpu for SoftVcpu {
         if let Some(why) = &self.failed {
             return Err(EngineError::Internal(why.clone()));
         }
+        super::time::precise_sleeps();
         let ended = {
             let awake = Awake::new(self);
             let cpu = &mut awake.0.cpu;
@@ -226,7 +229,9 @@ impl Vcpu for SoftVcpu {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), EngineError> {
-        self.cpu.from_state(state)
+        self.cpu.from_state(state)?;
+        self.failed = None;
+        Ok(())
     }
 
     fn reset(&mut self) -> Result<(), EngineError> {

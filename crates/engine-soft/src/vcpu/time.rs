@@ -61,6 +61,15 @@ impl HostClock {
     }
 }
 
+/// Let this thread's sleeps end when they should: by default the kernel may add 50 µs.
+pub(super) fn precise_sleeps() {
+    thread_local!(static DONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) });
+    if !DONE.replace(true) {
+        // SAFETY: PR_SET_TIMERSLACK takes a plain number and changes nothing else.
+        unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong) };
+    }
+}
+
 /// A kernel clock in nanoseconds.
 pub(super) fn clock_ns(id: libc::clockid_t) -> u64 {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -173,9 +182,12 @@ impl VmShared {
 }
 
 impl Cpu {
-    /// The guest's TSC.
+    /// The guest's TSC, read in program order: what the guest loaded before was loaded before.
     #[inline(always)]
     pub fn tsc(&self) -> u64 {
+        // The guest's own LFENCE lies too many host instructions back to say anything about the host's RDTSC.
+        // SAFETY: SSE2, which every x86-64 CPU has.
+        unsafe { std::arch::x86_64::_mm_lfence() };
         self.local.clock.now().wrapping_add(self.tsc_offset)
     }
 
