@@ -22,8 +22,7 @@ pub(super) fn load(
         return Err(BootError::Header(format!("PVH entry {entry:#x} lies outside the kernel")));
     }
     write_cmdline(memory, boot.cmdline, usize::MAX)?;
-    let floor = if kernel.1 < 1 << 32 { kernel.1 } else { 0 };
-    let modules = load_modules(memory, boot, floor, u32::MAX.into(), false)?;
+    let modules = load_modules(memory, boot, kernel.1, u32::MAX.into(), false)?;
 
     let list = place::INFO + INFO_SIZE;
     let map = list + MODULE_SIZE * modules.len() as u64;
