@@ -16,7 +16,7 @@ FUZZ_SECONDS = 60
 
 # What the default guest is built with.
 GUEST_PACKAGES = mmdebstrap e2fsprogs uidmap
-TEST_PACKAGES = $(GUEST_PACKAGES) cpio qemu-utils
+TEST_PACKAGES = $(GUEST_PACKAGES) cpio qemu-system-x86 qemu-utils acpica-tools dmidecode
 BENCH_PACKAGES = qemu-system-x86
 
 help: ## Say what there is

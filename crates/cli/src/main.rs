@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod doctor;
+mod progress;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,15 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Build the default guest now, if it is not there yet, and say where its files are
+    Guest {
+        /// The small guest of tests and benchmarks instead: a kernel and a busybox initramfs
+        #[arg(long)]
+        test: bool,
+        /// Write the paths as JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -32,6 +42,41 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Doctor { json } => doctor::run(json),
+        Command::Guest { test, json } => guest(test, json),
+    }
+}
+
+fn guest(test: bool, json: bool) -> ExitCode {
+    let built = ringfort_guest::cache_dir().and_then(|dir| {
+        let mut progress = progress::BuildProgress::new();
+        if test {
+            let g = ringfort_guest::ensure_test(&dir, &mut progress)?;
+            Ok((g.kernel, g.initrd, None, g.cmdline))
+        } else {
+            let g = ringfort_guest::ensure(&dir, &mut progress)?;
+            Ok((g.kernel, g.initrd, Some(g.disk), g.cmdline))
+        }
+    });
+    match built {
+        Ok((kernel, initrd, disk, cmdline)) if json => {
+            let value = serde_json::json!({
+                "kernel": kernel, "initrd": initrd, "disk": disk, "cmdline": cmdline
+            });
+            println!("{value:#}");
+            ExitCode::SUCCESS
+        }
+        Ok((kernel, initrd, disk, cmdline)) => {
+            println!("kernel   {}\ninitrd   {}", kernel.display(), initrd.display());
+            if let Some(disk) = disk {
+                println!("disk     {}", disk.display());
+            }
+            println!("cmdline  {cmdline}");
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("ringfort: {e}");
+            ExitCode::from(2)
+        }
     }
 }
 

@@ -87,9 +87,7 @@ impl Apt {
         apt.options.extend(["-o".into(), format!("Dir::Etc::sourcelist={}", shown(apt.sources.clone()))]);
         apt.options.extend(["-o".into(), format!("Dir::Etc::sourceparts={}", shown(dir.join("parts")))]);
         if own {
-            apt.update(progress).map_err(|e| GuestError::Unavailable {
-                what: format!("Debian's package lists cannot be fetched ({e})"),
-            })?;
+            apt.update(progress)?;
         }
         Ok(apt)
     }
@@ -97,7 +95,12 @@ impl Apt {
     fn update(&self, progress: &mut dyn Progress) -> Result<(), GuestError> {
         let mut command = Command::new(&self.apt_get);
         command.args(&self.options).args(["-q", "update"]);
-        tool::run(command, progress)
+        tool::run(command, progress).map_err(|e| match e {
+            GuestError::Tool { tail, .. } => {
+                GuestError::Unavailable { what: format!("Debian's package lists cannot be fetched ({tail})") }
+            }
+            other => other,
+        })
     }
 
     /// Sources of the release among those that apt has verified lists of.

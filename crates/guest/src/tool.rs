@@ -17,12 +17,28 @@ const MAX_LINE: usize = 4096;
 
 /// Where `program` is: in `PATH`, or in the folders for administration that a user's `PATH` often lacks.
 pub(crate) fn find(program: &'static str, package: &'static str) -> Result<PathBuf, GuestError> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from))
+    search_path()
+        .into_iter()
         .map(|dir| dir.join(program))
         .find(|file| is_executable(file))
         .ok_or(GuestError::MissingTool { program, package })
+}
+
+fn search_path() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/usr/bin", "/sbin", "/bin"].map(PathBuf::from))
+        .filter(|dir| dir.is_absolute())
+        .collect()
+}
+
+/// The environment of every program: messages in English, for [`summary`]; no questions; the programs that they run in
+/// turn are found where ours are.
+fn environment(command: &mut Command) {
+    command.env("LC_ALL", "C.UTF-8").env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
+    if let Ok(path) = std::env::join_paths(search_path()) {
+        command.env("PATH", path);
+    }
 }
 
 fn is_executable(file: &std::path::Path) -> bool {
@@ -39,8 +55,8 @@ pub(crate) fn run(mut command: Command, progress: &mut dyn Progress) -> Result<(
         tail: e.to_string(),
     };
     let (reader, writer) = std::io::pipe().map_err(fail)?;
-    command.stdin(Stdio::null()).stdout(writer.try_clone().map_err(fail)?).stderr(writer);
-    command.env("LC_ALL", "C.UTF-8").env("DEBIAN_FRONTEND", "noninteractive");
+    environment(&mut command);
+    command.stdout(writer.try_clone().map_err(fail)?).stderr(writer);
     let mut child = command.spawn().map_err(fail)?;
     // The command still owns the writing ends; without them here, the reader sees the end of the output.
     drop(command);
@@ -75,10 +91,13 @@ pub(crate) fn run(mut command: Command, progress: &mut dyn Progress) -> Result<(
 /// Run to the end and return standard output.
 pub(crate) fn output<S: AsRef<OsStr>>(program: &PathBuf, args: &[S]) -> Result<String, GuestError> {
     let name = program.to_string_lossy().into_owned();
-    let out =
-        Command::new(program).args(args).env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).output().map_err(
-            |e| GuestError::Tool { program: name.clone(), status: "not started".into(), tail: e.to_string() },
-        )?;
+    let mut command = Command::new(program);
+    environment(&mut command);
+    let out = command.args(args).output().map_err(|e| GuestError::Tool {
+        program: name.clone(),
+        status: "not started".into(),
+        tail: e.to_string(),
+    })?;
     if out.status.success() {
         return Ok(String::from_utf8_lossy(&out.stdout).into_owned());
     }
