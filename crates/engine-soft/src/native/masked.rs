@@ -57,10 +57,7 @@ fn gather<T: Int, I: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         match loaded {
             Ok(v) => cpu.set_lane(dst, n, v),
             Err(t) => {
-                for k in 0..count {
-                    let on = k >= n && wanted >> k & 1 != 0;
-                    cpu.set_lane(mask, k, T::from_u64(if on { u64::MAX } else { 0 }));
-                }
+                cpu.vec.ymm[mask].0[..n * T::SIZE].fill(0);
                 return Err(t);
             }
         }

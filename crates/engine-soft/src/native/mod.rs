@@ -153,30 +153,44 @@ fn plain<const CLASS: u8, const MEM: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     }
     let size = usize::from(op.memsize);
     let access = if MEM == LOAD { Access::Read } else { Access::Write };
-    let lin = cpu.linear(op, size, access)?;
+    let lin = match cpu.linear(op, size, access) {
+        Ok(lin) => lin,
+        Err(t) => return Err(operand_fault::<CLASS>(cpu, t)),
+    };
     // The alignment the instruction demands, less one.
     if lin & u64::from(op.opsize) != 0 {
-        return Err(cpu.gp(0));
+        let t = cpu.gp(0);
+        return Err(operand_fault::<CLASS>(cpu, t));
     }
     match cpu.probe(lin, size, MEM == STORE) {
         Some(p) => call(cpu, op, p)?,
-        None => indirect::<MEM>(cpu, op, lin)?,
+        None => indirect::<CLASS, MEM>(cpu, op, lin)?,
     }
     Ok(Flow::Next)
+}
+
+/// The operand faults: where MMX registers are used, a pending #MF comes first.
+#[cold]
+fn operand_fault<const CLASS: u8>(cpu: &mut Cpu, t: Trap) -> Trap {
+    if matches!(CLASS, MMX | SSE_MMX) { x87::after_pending(cpu, t) } else { t }
 }
 
 /// As [`plain`], when the operand is not simply RAM within a page that the TLB knows.
 #[cold]
 #[inline(never)]
-fn indirect<const MEM: u8>(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<(), Trap> {
+fn indirect<const CLASS: u8, const MEM: u8>(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<(), Trap> {
     let size = usize::from(op.memsize);
     let mut buf = Scratch([0; 64]);
     let at = buf.0.as_mut_ptr();
     if MEM == LOAD {
-        cpu.load_bytes(lin, &mut buf.0[..size])?;
+        if let Err(t) = cpu.load_bytes(lin, &mut buf.0[..size]) {
+            return Err(operand_fault::<CLASS>(cpu, t));
+        }
         return call(cpu, op, at);
     }
-    cpu.probe_write(lin, size)?;
+    if let Err(t) = cpu.probe_write(lin, size) {
+        return Err(operand_fault::<CLASS>(cpu, t));
+    }
     call(cpu, op, at)?;
     cpu.store_bytes(lin, &buf.0[..size])
 }
@@ -256,9 +270,12 @@ fn alignment(i: &Instruction) -> u8 {
                     | M::Lddqu
                     | M::Pcmpestri
                     | M::Pcmpestrm
+                    | M::Pcmpestri64
+                    | M::Pcmpestrm64
                     | M::Pcmpistri
                     | M::Pcmpistrm
             )
+            && !(i.cpuid_features() == [CpuidFeature::SHA] && host_is_amd())
     } else {
         matches!(
             m,
@@ -266,6 +283,11 @@ fn alignment(i: &Instruction) -> u8 {
         )
     };
     if demanded { size as u8 } else { 1 }
+}
+
+/// AMD's CPUs take misaligned operands of SHA instructions, against both vendors' manuals.
+fn host_is_amd() -> bool {
+    crate::cpuid::offered().find(0, 0).is_some_and(|l| &l.ebx.to_le_bytes() == b"Auth")
 }
 
 /// Whether instructions of this feature are executed by stubs.

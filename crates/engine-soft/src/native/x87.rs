@@ -206,13 +206,13 @@ fn operand<const MEM: u8>(cpu: &mut Cpu, op: &Op, size: usize) -> Result<(), Tra
             Some(p) => call(cpu, op, p),
             None => indirect::<MEM>(cpu, op, lin, size),
         },
-        Err(t) => Err(fault(cpu, t)),
+        Err(t) => Err(after_pending(cpu, t)),
     }
 }
 
 /// A memory operand faults: a pending #MF comes first.
 #[cold]
-fn fault(cpu: &mut Cpu, t: Trap) -> Trap {
+pub(super) fn after_pending(cpu: &mut Cpu, t: Trap) -> Trap {
     let info = cpu.trap;
     match cpu.check_pending() {
         Err(mf) => mf,
@@ -230,12 +230,12 @@ fn indirect<const MEM: u8>(cpu: &mut Cpu, op: &Op, lin: u64, size: usize) -> Res
     let at = buf.0.as_mut_ptr();
     if MEM == LOAD {
         if let Err(t) = cpu.load_bytes(lin, &mut buf.0[..size]) {
-            return Err(fault(cpu, t));
+            return Err(after_pending(cpu, t));
         }
         return call(cpu, op, at);
     }
     if let Err(t) = cpu.probe_write(lin, size) {
-        return Err(fault(cpu, t));
+        return Err(after_pending(cpu, t));
     }
     call(cpu, op, at)?;
     // With an unmasked exception other than precision nothing has been stored (Intel SDM 1 section 8.5).
