@@ -182,7 +182,8 @@ fn reg_code(r: Register) -> u8 {
     match r {
         R::None => 0,
         R::AH | R::CH | R::DH | R::BH => (r as u8 - R::AH as u8) * 8 + 1,
-        _ if r.is_gpr() => r.number() as u8 * 8,
+        // Not `number` of the register itself: among byte registers that counts AH to BH too.
+        _ if r.is_gpr() => r.full_register().number() as u8 * 8,
         _ => r.number() as u8,
     }
 }

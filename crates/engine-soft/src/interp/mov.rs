@@ -2,10 +2,11 @@
 //! accumulator, and moves to and from single flags.
 
 use crate::cpu::{A_CF, A_OF, Cpu, Int, cond, gpr};
-use crate::decode::{Ctx, Exec, Flow, Handler, Op};
+use crate::decode::{Ctx, Exec, Flow, Handler, Op, op_flags};
 use crate::mmu::Access;
-use iced_x86::{Mnemonic, OpKind};
+use iced_x86::{Code, Mnemonic, OpKind};
 use ringfort_x86::flags::DF;
+use ringfort_x86::segment::{DS, ES};
 
 fn mov_reg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.reg::<T>(op.src);
@@ -182,6 +183,28 @@ fn xlat(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(Flow::Next)
 }
 
+/// MOVDIR64B: 64 bytes to the aligned address in the register (in ES).
+fn movdir64b(cpu: &mut Cpu, op: &Op) -> Exec {
+    let mut line = [0; 64];
+    let to = cpu.truncate(op, cpu.reg::<u64>(op.dst));
+    let to = if cpu.code64() { to } else { cpu.segmented(ES, to, 64, Access::Write)? };
+    let from = cpu.linear(op, 64, Access::Read)?;
+    cpu.load_bytes(from, &mut line)?;
+    if to & 63 != 0 {
+        return Err(cpu.gp(0));
+    }
+    cpu.store_bytes(to, &line)?;
+    Ok(Flow::Next)
+}
+
+/// CLZERO: clears the 64 bytes around rAX.
+fn clzero(cpu: &mut Cpu, op: &Op) -> Exec {
+    let at = cpu.truncate(op, cpu.regs[gpr::RAX]) & !63;
+    let lin = if cpu.code64() { at } else { cpu.segmented(DS, at, 64, Access::Write)? };
+    cpu.store_bytes(lin, &[0; 64])?;
+    Ok(Flow::Next)
+}
+
 fn salc(cpu: &mut Cpu, _: &Op) -> Exec {
     let v = if cpu.cf() { 0xffu8 } else { 0 };
     cpu.set_reg(0, v);
@@ -233,7 +256,18 @@ pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
         M::Movzx => extend::<false>(ctx),
         M::Movsx | M::Movsxd => extend::<true>(ctx),
         M::Lea => wide!(w, lea),
-        M::Movnti => wide!(w, mov_mem_reg),
+        M::Movnti | M::Movdiri => wide!(w, mov_mem_reg),
+        M::Movdir64b => movdir64b,
+        M::Clzero => {
+            // Its address has no operand that would show the size.
+            ctx.op.flags &= !(op_flags::ADDR16 | op_flags::ADDR32);
+            ctx.op.flags |= match ctx.i.code() {
+                Code::Clzerow => op_flags::ADDR16,
+                Code::Clzerod => op_flags::ADDR32,
+                _ => 0,
+            };
+            clzero
+        }
         M::Bswap if w == 2 => bswap16,
         M::Bswap => wide!(w, bswap),
         M::Movbe if ctx.mem(0) => wide!(w, movbe_store),

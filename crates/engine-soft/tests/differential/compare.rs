@@ -1,0 +1,330 @@
+//! Both sides of the comparison.
+
+use super::generate::{self, BRANCH_TO, Generated};
+use super::native::{CODE, DATA, DATA_SIZE, Fault, Runner, State};
+use fastrand::Rng;
+use iced_x86::{Instruction, Mnemonic as M};
+use ringfort_engine_soft::cpu::RIP;
+use ringfort_engine_soft::testing::{Machine, TestMode, layout};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+/// Flags that are compared: arithmetic and DF.
+const FLAGS: u64 = 0xcd5;
+/// Mismatches after which a run ends early.
+const ENOUGH: usize = 60;
+/// Guest physical addresses of code and data.
+const GUEST_CODE: u64 = layout::DATA;
+const GUEST_DATA: u64 = layout::DATA + 0x1_0000;
+
+/// Runs cases and collects what differs.
+pub struct Bench {
+    native: Runner,
+    guest: Machine,
+    content: Vec<u8>,
+    /// By form: the first mismatch, and how many there were.
+    failed: BTreeMap<String, (String, u32)>,
+    total: usize,
+}
+
+struct Outcome {
+    state: State,
+    fault: Option<Fault>,
+    data: Vec<u8>,
+}
+
+impl Bench {
+    pub fn new() -> Bench {
+        let native = Runner::new();
+        let mut guest = Machine::new(TestMode::Long64);
+        guest.set_user();
+        guest.map(CODE, GUEST_CODE, 5);
+        for page in (0..DATA_SIZE as u64).step_by(0x1000) {
+            guest.map(DATA + page, GUEST_DATA + page, 7);
+        }
+        // Where the host has nothing, neither has the guest.
+        for page in (0..layout::RAM).step_by(0x1000) {
+            guest.map(page, 0, 0);
+        }
+        guest.refresh();
+        Bench { native, guest, content: vec![0; DATA_SIZE], failed: BTreeMap::new(), total: 0 }
+    }
+
+    /// Whether the guest has the instruction (and so the host).
+    pub fn offers(&self, i: &Instruction) -> bool {
+        self.guest.cpu.features.allows(i)
+    }
+
+    pub fn mismatches(&self) -> usize {
+        self.total
+    }
+
+    /// Report, and fail if anything differed.
+    pub fn finish(self, cases: u64) {
+        let mut text = String::new();
+        for (first, count) in self.failed.values() {
+            let _ = writeln!(text, "{first}({count} mismatches of this form)\n");
+        }
+        assert!(self.failed.is_empty(), "{} forms of {cases} cases differ:\n{text}", self.failed.len());
+    }
+
+    fn fresh_content(&mut self, rng: &mut Rng) {
+        if rng.u32(0..8) == 0 {
+            for l in self.content.chunks_exact_mut(8) {
+                l.copy_from_slice(&generate::lane(rng).to_le_bytes());
+            }
+        } else {
+            let at = rng.usize(0..DATA_SIZE / 64) * 64;
+            for l in self.content[at..at + 64].chunks_exact_mut(8) {
+                l.copy_from_slice(&generate::lane(rng).to_le_bytes());
+            }
+        }
+    }
+
+    /// Code that begins with `bytes` and leaves at its end, and at [`BRANCH_TO`].
+    fn program(&self, bytes: &[u8]) -> Vec<u8> {
+        let mut p = vec![0xcc; 0x100];
+        p[..bytes.len()].copy_from_slice(bytes);
+        for at in [bytes.len(), BRANCH_TO as usize] {
+            // JMP [RIP+0]; the address follows.
+            p[at..at + 6].copy_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
+            p[at + 6..at + 14].copy_from_slice(&self.native.exit().to_le_bytes());
+        }
+        p
+    }
+
+    fn run_native(&mut self, bytes: &[u8], start: &State) -> Outcome {
+        let p = self.program(bytes);
+        self.native.code()[..p.len()].copy_from_slice(&p);
+        self.native.data().copy_from_slice(&self.content);
+        let mut state = *start;
+        let fault = self.native.run(&mut state, CODE);
+        Outcome { state, fault, data: self.native.data().to_vec() }
+    }
+
+    fn run_guest(&mut self, bytes: &[u8], start: &State) -> Outcome {
+        let p = self.program(bytes);
+        self.guest.write(GUEST_CODE, &p);
+        self.guest.write(GUEST_DATA, &self.content);
+        let c = &mut self.guest.cpu;
+        c.regs[..16].copy_from_slice(&start.gpr);
+        c.regs[usize::from(RIP)] = CODE;
+        c.set_rflags_raw(start.flags | 0x202);
+        for (r, v) in c.vec.ymm.iter_mut().zip(&start.ymm) {
+            r.0 = *v;
+        }
+        let mut mxcsr = [0; 4];
+        mxcsr.copy_from_slice(&start.fx.0[24..28]);
+        c.vec.mxcsr = u32::from_le_bytes(mxcsr);
+        c.fpu.image[..160].copy_from_slice(&start.fx.0[..160]);
+        let ends = [CODE + bytes.len() as u64, CODE + BRANCH_TO];
+        let mut fault = None;
+        for _ in 0..2000 {
+            if let Err(t) = self.guest.step() {
+                fault = Some(Fault {
+                    vector: t.vector,
+                    error: t.error,
+                    address: if t.vector == 14 { t.address } else { 0 },
+                });
+                break;
+            }
+            if ends.contains(&self.guest.rip()) {
+                break;
+            }
+        }
+        let c = &mut self.guest.cpu;
+        let mut state = *start;
+        state.gpr.copy_from_slice(&c.regs[..16]);
+        state.flags = c.rflags();
+        state.rip = c.regs[usize::from(RIP)];
+        for (v, r) in state.ymm.iter_mut().zip(&c.vec.ymm) {
+            *v = r.0;
+        }
+        state.fx.0[..160].copy_from_slice(&c.fpu.image[..160]);
+        state.fx.0[24..28].copy_from_slice(&c.vec.mxcsr.to_le_bytes());
+        Outcome { state, fault, data: self.guest.read(GUEST_DATA, DATA_SIZE) }
+    }
+
+    /// Compare one instruction from one random state.
+    pub fn single(&mut self, g: &Generated, rng: &mut Rng) {
+        self.split(g, g, rng);
+    }
+
+    /// As [`Bench::single`], with another encoding for the guest.
+    pub fn split(&mut self, native: &Generated, guest: &Generated, rng: &mut Rng) {
+        if self.failed.len() >= ENOUGH {
+            return;
+        }
+        self.fresh_content(rng);
+        let mut content = std::mem::take(&mut self.content);
+        let start = generate::state(native, rng, &mut content);
+        self.content = content;
+        let want = self.run_native(&native.bytes, &start);
+        let got = self.run_guest(&guest.bytes, &start);
+        let diff = self.differences(&start, &want, &got, &native.instruction);
+        if !diff.is_empty() {
+            let what = format!("{:?}", native.instruction.code());
+            self.note(what, &native.bytes, &start, &diff);
+        }
+        self.content = want.data;
+    }
+
+    /// Compare several instructions in a row.
+    pub fn sequence(&mut self, parts: &[Generated], rng: &mut Rng) {
+        if self.failed.len() >= ENOUGH {
+            return;
+        }
+        self.fresh_content(rng);
+        let mut content = std::mem::take(&mut self.content);
+        let mut start = generate::any_state(rng);
+        for g in parts.iter().rev() {
+            generate::aim(g, rng, &mut start, &mut content);
+        }
+        // Whatever the last one aimed at, the stack stays in the window, and repetitions stay short.
+        start.gpr[1] &= 0xff;
+        self.content = content;
+        let mut parts: Vec<&Generated> = parts.iter().collect();
+        let mut diff = self.try_sequence(&parts, &start);
+        if !diff.is_empty() {
+            // The shortest part of it that still differs.
+            let mut n = 0;
+            while n < parts.len() && parts.len() > 1 {
+                let mut fewer = parts.clone();
+                fewer.remove(n);
+                let d = self.try_sequence(&fewer, &start);
+                if d.is_empty() {
+                    n += 1;
+                } else {
+                    (parts, diff) = (fewer, d);
+                }
+            }
+            let what: Vec<String> = parts.iter().map(|g| format!("{:?}", g.instruction.code())).collect();
+            let bytes: Vec<u8> = parts.iter().flat_map(|g| g.bytes.clone()).collect();
+            self.note(what.join(" "), &bytes, &start, &diff);
+        }
+    }
+
+    fn try_sequence(&mut self, parts: &[&Generated], start: &State) -> String {
+        let bytes: Vec<u8> = parts.iter().flat_map(|g| g.bytes.clone()).collect();
+        // RIP-relative parts move with what was left out, on both sides alike.
+        let want = self.run_native(&bytes, start);
+        let got = self.run_guest(&bytes, start);
+        let last = parts.last().map(|g| g.instruction).unwrap_or_default();
+        self.differences(start, &want, &got, &last)
+    }
+
+    fn note(&mut self, what: String, bytes: &[u8], start: &State, diff: &str) {
+        self.total += 1;
+        let entry = self.failed.entry(what.clone()).or_insert_with(|| {
+            let hex: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
+            let mut t = format!("{what}: {}\n", hex.join(" "));
+            let mut d = iced_x86::Decoder::with_ip(64, bytes, CODE, iced_x86::DecoderOptions::AMD);
+            while d.can_decode() {
+                let mut s = String::new();
+                iced_x86::FastFormatter::new().format(&d.decode(), &mut s);
+                let _ = writeln!(t, "    {s}");
+            }
+            for (n, names) in GPR.chunks(4).enumerate() {
+                let _ = write!(t, "  ");
+                for (k, name) in names.iter().enumerate() {
+                    let _ = write!(t, "  {name}={:#x}", start.gpr[n * 4 + k]);
+                }
+                t.push('\n');
+            }
+            let _ = writeln!(t, "    flags={:#x}", start.flags);
+            t.push_str(diff);
+            (t, 0)
+        });
+        entry.1 += 1;
+    }
+
+    /// What differs, as text; empty if nothing does.
+    fn differences(&self, start: &State, want: &Outcome, got: &Outcome, i: &Instruction) -> String {
+        let mut t = String::new();
+        if want.fault != got.fault {
+            let _ = writeln!(t, "  fault: host {:x?}, engine {:x?}", want.fault, got.fault);
+        }
+        if want.fault.is_some() && got.fault.is_some() && want.state.rip != got.state.rip {
+            let _ = writeln!(t, "  RIP: host {:#x}, engine {:#x}", want.state.rip, got.state.rip);
+        }
+        for (n, name) in GPR.iter().enumerate() {
+            let (w, g) = (want.state.gpr[n], got.state.gpr[n]);
+            if w != g {
+                let _ = writeln!(t, "  {name}: host {w:#x}, engine {g:#x}");
+            }
+        }
+        let mask = FLAGS & !free_flags(i);
+        if (want.state.flags ^ got.state.flags) & mask != 0 {
+            let _ = writeln!(
+                t,
+                "  flags: host {:#x}, engine {:#x}",
+                want.state.flags & mask,
+                got.state.flags & mask
+            );
+        }
+        for n in 0..16 {
+            let (w, g) = (want.state.ymm[n], got.state.ymm[n]);
+            if w != g {
+                let _ = writeln!(
+                    t,
+                    "  ymm{n}: was    {}\n        host   {}\n        engine {}",
+                    hex(&start.ymm[n]),
+                    hex(&w),
+                    hex(&g)
+                );
+            }
+        }
+        // FCW, FSW, FTW, MXCSR, and the registers' 10 bytes; instruction and data pointers are the native side's own.
+        for (name, at, len) in [("FCW", 0, 2), ("FSW", 2, 2), ("FTW", 4, 1), ("MXCSR", 24, 4)] {
+            let (w, g) = (&want.state.fx.0[at..at + len], &got.state.fx.0[at..at + len]);
+            if w != g {
+                let _ = writeln!(
+                    t,
+                    "  {name}: was {}, host {}, engine {}",
+                    hex(&start.fx.0[at..at + len]),
+                    hex(w),
+                    hex(g)
+                );
+            }
+        }
+        for n in 0..8 {
+            let r = 32 + n * 16..42 + n * 16;
+            let (w, g) = (&want.state.fx.0[r.clone()], &got.state.fx.0[r.clone()]);
+            if w != g {
+                let _ =
+                    writeln!(t, "  ST({n}): was {}, host {}, engine {}", hex(&start.fx.0[r]), hex(w), hex(g));
+            }
+        }
+        if want.data != got.data {
+            let n = want.data.iter().zip(&got.data).position(|(a, b)| a != b).unwrap_or(0);
+            let end = (n + 16).min(DATA_SIZE);
+            let _ = writeln!(
+                t,
+                "  memory at {:#x}: was {}, host {}, engine {}",
+                DATA + n as u64,
+                hex(&self.content[n..end]),
+                hex(&want.data[n..end]),
+                hex(&got.data[n..end])
+            );
+        }
+        t
+    }
+}
+
+const GPR: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
+];
+
+fn hex(b: &[u8]) -> String {
+    b.iter().rev().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Flags that need not be equal, each for a reason.
+fn free_flags(i: &Instruction) -> u64 {
+    match i.mnemonic() {
+        // Nothing yet.
+        M::INVALID => FLAGS,
+        _ => 0,
+    }
+}

@@ -1,0 +1,263 @@
+//! Every instruction that user code may run, executed by the engine and by the host's own CPU from the same random state: registers,
+//! flags (the undefined ones included), memory and exceptions must be equal.
+//!
+//! `RINGFORT_DIFF_CASES` states per instruction form (default small enough for CI), `RINGFORT_DIFF_SEED` the seed, and
+//! `RINGFORT_DIFF_ONLY` a part of the names (iced's `Code`) to test. A mismatch is printed with the instruction's bytes and the values
+//! that matter.
+
+mod compare;
+mod generate;
+mod native;
+
+use compare::Bench;
+use fastrand::Rng;
+use iced_x86::{Code, Encoder, EncodingKind, FlowControl, Mnemonic as M};
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .ok()
+        .map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name}: not a number: {v}")))
+}
+
+/// Instructions that cannot be compared this way, and why.
+fn excluded(code: Code) -> Option<&'static str> {
+    let info = code.op_code();
+    if !info.mode64() || !info.cpl3() || info.is_privileged() || info.is_input_output() {
+        return Some("not for 64-bit user code");
+    }
+    if !matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
+        return Some("encodings that the engine does not offer");
+    }
+    Some(match code.mnemonic() {
+        M::Rdtsc | M::Rdtscp | M::Rdrand | M::Rdseed | M::Rdpid | M::Cpuid | M::Xgetbv | M::Rdpmc => {
+            "gives another value each time or elsewhere"
+        }
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lar | M::Lsl | M::Verr | M::Verw => {
+            "shows the host's tables"
+        }
+        M::Syscall
+        | M::Sysenter
+        | M::Sysexit
+        | M::Sysret
+        | M::Int
+        | M::Int1
+        | M::Int3
+        | M::Into
+        | M::Iret
+        | M::Iretd
+        | M::Iretq
+        | M::Hlt
+        | M::Monitor
+        | M::Mwait
+        | M::Umonitor
+        | M::Umwait
+        | M::Tpause
+        | M::Vmcall
+        | M::Vmmcall
+        | M::Vmgexit
+        | M::Monitorx
+        | M::Mwaitx => "enters the kernel or the hypervisor",
+        M::Popf | M::Popfq | M::Pushf | M::Pushfq | M::Sti | M::Cli | M::Stac | M::Clac => "system flags",
+        M::Rdfsbase
+        | M::Rdgsbase
+        | M::Wrfsbase
+        | M::Wrgsbase
+        | M::Swapgs
+        | M::Lfs
+        | M::Lgs
+        | M::Lss
+        | M::Lds
+        | M::Les => "segments",
+        M::Xsave
+        | M::Xsave64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xsaves
+        | M::Xsaves64
+        | M::Xrstor
+        | M::Xrstor64
+        | M::Xrstors
+        | M::Xrstors64
+        | M::Xsetbv => "the host's area differs in size",
+        M::Fxsave
+        | M::Fxsave64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Fnsave
+        | M::Fsave
+        | M::Frstor
+        | M::Fldenv
+        | M::Fnstenv
+        | M::Fstenv => "shows instruction pointers",
+        M::Xbegin | M::Xend | M::Xabort | M::Xtest => "transactions",
+        M::INVALID | M::Db | M::Dw | M::Dd | M::Dq | M::Zero_bytes => "no instruction",
+        M::Reservednop
+            if matches!(
+                code,
+                Code::Reservednop_rm16_r16_0F0D
+                    | Code::Reservednop_rm32_r32_0F0D
+                    | Code::Reservednop_rm64_r64_0F0D
+            ) =>
+        {
+            "with a register, AMD raises #UD and Intel does nothing"
+        }
+        M::Ud0 | M::Ud1 | M::Ud2 => "nothing to compare",
+        _ => {
+            if matches!(code.flow_control(), FlowControl::Interrupt | FlowControl::Exception)
+                || code.is_jmp_far()
+                || code.is_call_far()
+                || code.is_jmp_far_indirect()
+                || code.is_call_far_indirect()
+            {
+                "leaves the segment"
+            } else if (0..info.op_count()).any(|n| {
+                use iced_x86::OpCodeOperandKind as K;
+                matches!(info.op_kind(n), K::seg_reg | K::cr_reg | K::dr_reg | K::tr_reg | K::fs | K::gs)
+            }) || matches!(
+                code,
+                Code::Retfw
+                    | Code::Retfd
+                    | Code::Retfq
+                    | Code::Retfw_imm16
+                    | Code::Retfd_imm16
+                    | Code::Retfq_imm16
+            ) {
+                "segments"
+            } else {
+                return None;
+            }
+        }
+    })
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Group {
+    Integer,
+    Vector,
+    X87,
+}
+
+fn group(code: Code) -> Group {
+    let info = code.op_code();
+    let vector = (0..info.op_count()).any(|n| {
+        let k = format!("{:?}", info.op_kind(n));
+        k.starts_with("mm_") || k.starts_with("xmm") || k.starts_with("ymm") || k.contains("vsib")
+    });
+    let name = format!("{:?}", code.mnemonic());
+    let legacy_vector = matches!(
+        code.mnemonic(),
+        M::Emms | M::Ldmxcsr | M::Stmxcsr | M::Vldmxcsr | M::Vstmxcsr | M::Vzeroall | M::Vzeroupper
+    );
+    if vector || legacy_vector {
+        Group::Vector
+    } else if name.starts_with('F') || code.mnemonic() == M::Wait {
+        Group::X87
+    } else {
+        Group::Integer
+    }
+}
+
+fn codes(wanted: Group) -> Vec<Code> {
+    let only = std::env::var("RINGFORT_DIFF_ONLY").unwrap_or_default();
+    Code::values()
+        .filter(|&c| excluded(c).is_none() && group(c) == wanted)
+        .filter(|c| format!("{c:?}").contains(&only))
+        .collect()
+}
+
+/// Compare every form of a group; `states` per form by default.
+fn compare_group(wanted: Group, states: u64) {
+    let states = setting("RINGFORT_DIFF_CASES", states);
+    let seed = setting("RINGFORT_DIFF_SEED", 1);
+    let mut bench = Bench::new();
+    let (mut cases, mut forms, mut missing) = (0u64, 0u64, Vec::new());
+    for code in codes(wanted) {
+        let mut rng = Rng::with_seed(seed ^ (code as u64) << 32);
+        let mut done = 0;
+        let mut attempts = 0;
+        while done < states && attempts < 50 + states {
+            attempts += 1;
+            let Some(g) = generate::instruction(code, &mut rng, native::CODE) else { continue };
+            if generate::conflicts(&g) {
+                continue;
+            }
+            if !bench.offers(&g.instruction) {
+                missing.push(code);
+                break;
+            }
+            for _ in 0..8.min(states - done) {
+                done += 1;
+                bench.single(&g, &mut rng);
+            }
+        }
+        forms += u64::from(done > 0);
+        cases += done;
+    }
+    println!(
+        "{cases} cases of {forms} instruction forms; {} forms are not offered to the guest",
+        missing.len()
+    );
+    bench.finish(cases);
+    assert!(forms > 0, "nothing was compared");
+}
+
+#[test]
+fn integer_instructions() {
+    compare_group(Group::Integer, 400);
+}
+
+/// Several instructions in a row, so that what one leaves is what the next finds.
+#[test]
+fn integer_sequences() {
+    let cases = setting("RINGFORT_DIFF_CASES", 400) * 50;
+    let mut rng = Rng::with_seed(setting("RINGFORT_DIFF_SEED", 1));
+    let mut bench = Bench::new();
+    let codes: Vec<Code> =
+        codes(Group::Integer).into_iter().filter(|c| c.flow_control() == FlowControl::Next).collect();
+    for _ in 0..cases {
+        let mut parts = Vec::new();
+        let mut at = native::CODE;
+        while parts.len() < 6 {
+            let code = codes[rng.usize(0..codes.len())];
+            let Some(g) = generate::instruction(code, &mut rng, at) else { continue };
+            if generate::conflicts(&g) || !bench.offers(&g.instruction) {
+                continue;
+            }
+            at += g.bytes.len() as u64;
+            parts.push(g);
+        }
+        bench.sequence(&parts, &mut rng);
+    }
+    bench.finish(cases);
+}
+
+/// The harness itself: a difference must be found.
+#[test]
+fn a_wrong_result_is_noticed() {
+    let mut rng = Rng::with_seed(3);
+    let mut bench = Bench::new();
+    let g = loop {
+        if let Some(g) = generate::instruction(Code::Add_r64_rm64, &mut rng, native::CODE)
+            && g.pointer.is_none()
+        {
+            break g;
+        }
+    };
+    bench.single(&g, &mut rng);
+    assert_eq!(bench.mismatches(), 0);
+    // The engine is made to execute SUB where the host executes ADD.
+    let mut wrong = g.clone();
+    wrong.bytes = {
+        let mut i = g.instruction;
+        i.set_code(Code::Sub_r64_rm64);
+        let mut e = Encoder::new(64);
+        e.encode(&i, native::CODE).expect("the same operands");
+        e.take_buffer()
+    };
+    for _ in 0..8 {
+        bench.split(&g, &wrong, &mut rng);
+    }
+    assert_ne!(bench.mismatches(), 0);
+}
