@@ -217,6 +217,35 @@ fn breaks_and_hang_up() {
 }
 
 #[test]
+fn unsent_and_unread_bytes_survive() {
+    let mut r = rig();
+    lock(&r.out.0).1 = 0;
+    r.w(2, 0x41);
+    r.w(4, 8);
+    r.w(1, 3);
+    for b in b"out" {
+        r.w(0, *b);
+    }
+    r.s.receive(b"in");
+    let saved = r.s.save();
+    let mut q = rig();
+    lock(&q.out.0).1 = 0;
+    q.s.load(&saved).unwrap();
+    assert_eq!(q.s.save(), saved);
+    assert_eq!(q.timer.deadline(), r.timer.deadline());
+    lock(&q.out.0).1 = 10;
+    q.s.transmit_ready();
+    assert_eq!(lock(&q.out.0).0, b"out");
+    assert!(q.wire.high());
+    assert_eq!((q.r(0), q.r(0), q.r(2) & 15), (b'i', b'n', 2));
+    // A sink that has room gets them with the load.
+    let mut q = rig();
+    q.s.load(&saved).unwrap();
+    assert_eq!(lock(&q.out.0).0, b"out");
+    crate::testing::refuses_bad_state(&mut r.s);
+}
+
+#[test]
 fn hammer() {
     let ports: Vec<u16> = (0x3f8..0x400).collect();
     let clock = FakeClock::new();
