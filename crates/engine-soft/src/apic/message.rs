@@ -152,6 +152,9 @@ impl Message {
 impl VcpuShared {
     /// Take a message: this APIC is a destination. From any thread.
     pub fn accept(&self, vector: u8, delivery: Delivery, level: bool) {
+        if self.lapic.mode() == super::Mode::Disabled {
+            return;
+        }
         match delivery {
             Delivery::Fixed | Delivery::LowestPriority => {
                 if self.lapic.software_enabled() && self.lapic.post(vector, level) {

@@ -65,6 +65,15 @@ impl Cpu {
             self.local.unhalted = true;
         }
         if self.activity == Activity::Halted {
+            // Not to sleep on what could be taken, should an instruction have forgotten `interrupts_maybe`.
+            let held = self.local.held;
+            let nmi = held & request::NMI != 0 && !self.nmi_blocked;
+            let interrupt =
+                held & request::INTERRUPT != 0 && self.sys_flags & IF != 0 && self.interrupt_deliverable();
+            if nmi || interrupt {
+                self.interrupts_maybe();
+                return None;
+            }
             if std::mem::take(&mut self.local.unhalted) {
                 self.activity = Activity::Running;
             } else {

@@ -171,6 +171,7 @@ struct Awake<'a>(&'a mut SoftVcpu);
 impl<'a> Awake<'a> {
     fn new(v: &'a mut SoftVcpu) -> Awake<'a> {
         v.cpu.leave_sleep(v.epoch);
+        v.cpu.begin_time();
         v.cpu.env.vm.awake.fetch_add(1, Ordering::Relaxed);
         v.cpu.fpu_load();
         Awake(v)

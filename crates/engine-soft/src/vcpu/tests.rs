@@ -2,8 +2,9 @@
 
 use super::open;
 use crate::testing::host_cpuid;
-use ringfort_engine::{CpuidTable, Hypervisor, Kick, MachineBus, VcpuExit, Vm};
+use ringfort_engine::{CpuidTable, Hypervisor, Kick, MachineBus, Vcpu, VcpuExit, Vm};
 use ringfort_memory::{Bytes, GuestAddress, GuestMemory};
+use ringfort_x86::cpuid::Leaf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -110,6 +111,11 @@ struct Running {
     stop: Arc<AtomicBool>,
     kicks: Vec<Arc<dyn Kick>>,
     threads: Vec<JoinHandle<Result<u64, String>>>,
+    /// vCPUs that do not run yet.
+    made: Mutex<Vec<Box<dyn Vcpu>>>,
+    /// Where they come back after `stop`.
+    vcpus: Mutex<Receiver<Box<dyn Vcpu>>>,
+    give_back: Sender<Box<dyn Vcpu>>,
 }
 
 fn cpuid(id: u32) -> CpuidTable {
@@ -120,6 +126,12 @@ fn cpuid(id: u32) -> CpuidTable {
             // x2APIC, TSC deadline.
             l.ecx |= 1 << 21 | 1 << 24;
         }
+    }
+    for (function, [eax, ebx, ecx, edx]) in [
+        (0x4000_0000, [0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d]),
+        (0x4000_0001, [super::paravirt_features(), 0, 0, 0]),
+    ] {
+        t.leaves.push(Leaf { function, index: None, eax, ebx, ecx, edx });
     }
     t
 }
@@ -132,6 +144,13 @@ fn cpu_time() -> u64 {
 impl Running {
     /// Start `program` on `cpus` vCPUs.
     fn start(program: &Program, cpus: u32, rounds: u32) -> Running {
+        let r = Running::prepare(program, cpus, rounds);
+        let vcpus = std::mem::take(&mut *r.made.lock().unwrap());
+        r.go_with(vcpus)
+    }
+
+    /// Make a machine that holds `program`.
+    fn prepare(program: &Program, cpus: u32, rounds: u32) -> Running {
         let memory = ringfort_memory::allocate(&[(0, 4 << 20), (0xffff_0000, 0x1_0000)]).unwrap();
         let put = |gpa: u64, bytes: &[u8]| memory.write_slice(bytes, GuestAddress(gpa)).unwrap();
         let word = |gpa: u64, v: u64| put(gpa, &v.to_le_bytes());
@@ -159,15 +178,24 @@ impl Running {
         let bus = Arc::new(TestBus { reports: Mutex::new(tx), eois: Mutex::default() });
         let vm = open().unwrap().create_vm(memory.clone(), bus.clone()).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
-        let (mut kicks, mut threads) = (Vec::new(), Vec::new());
-        let vcpus: Vec<_> = (0..cpus).map(|id| vm.create_vcpu(id, cpuid(id)).unwrap()).collect();
+        let made = Mutex::new((0..cpus).map(|id| vm.create_vcpu(id, cpuid(id)).unwrap()).collect());
+        let (give_back, vcpus) = channel();
+        let vcpus = Mutex::new(vcpus);
+        Running { vm, memory, bus, reports, stop, kicks: vec![], threads: vec![], made, vcpus, give_back }
+    }
+
+    /// Let these vCPUs run, each on its thread.
+    fn go_with(mut self, vcpus: Vec<Box<dyn Vcpu>>) -> Running {
         for mut v in vcpus {
-            kicks.push(v.kicker());
-            let stop = stop.clone();
-            threads.push(std::thread::spawn(move || {
+            self.kicks.push(v.kicker());
+            let (stop, give_back) = (self.stop.clone(), self.give_back.clone());
+            self.threads.push(std::thread::spawn(move || {
                 loop {
                     match v.run() {
-                        Ok(VcpuExit::Kicked) if stop.load(Ordering::SeqCst) => return Ok(cpu_time()),
+                        Ok(VcpuExit::Kicked) if stop.load(Ordering::SeqCst) => {
+                            let _ = give_back.send(v);
+                            return Ok(cpu_time());
+                        }
                         Ok(VcpuExit::Kicked) => {}
                         Ok(other) => return Err(format!("{other:?}")),
                         Err(e) => return Err(e.to_string()),
@@ -175,7 +203,7 @@ impl Running {
                 }
             }));
         }
-        Running { vm, memory, bus, reports, stop, kicks, threads }
+        self
     }
 
     /// What the guest reports next.
@@ -316,6 +344,47 @@ fn messages_and_the_8259_interrupt_a_halted_guest() {
     assert_eq!(r.report(), 0x30_0000 + 203);
     r.vm.set_extint(false);
     r.end();
+}
+
+#[test]
+fn x2apic_priorities_and_hypercalls() {
+    let r = Running::start(&guests::x2apic(), 1, 0);
+    let order: Vec<u32> = (0..5).map(|_| r.report()).collect();
+    assert_eq!(order, [0, 3, 0x321, 0x321, 0x3211]);
+    r.end();
+}
+
+#[test]
+fn a_running_guest_moves_to_another_vm() {
+    let first = Running::start(&guests::idle(), 1, 0);
+    assert_eq!(first.report(), 0);
+    while first.word(at::DATA) < 5 {
+        std::thread::yield_now();
+    }
+    first.stop.store(true, Ordering::SeqCst);
+    first.kicks[0].kick();
+    let mut old = first.vcpus.lock().unwrap().recv().unwrap();
+    let state = old.state().unwrap();
+    // Reading it twice gives the same, but for what time moves.
+    let again = old.state().unwrap();
+    assert_eq!((again.gpr, again.rip, &again.segments), (state.gpr, state.rip, &state.segments));
+    let mut ram = vec![0; 4 << 20];
+    first.memory.read_slice(&mut ram, GuestAddress(0)).unwrap();
+    let ticks = first.word(at::DATA);
+    // A host that was started much later or earlier: the guest's clock just goes on.
+    let second = Running::prepare(&guests::idle(), 1, 0);
+    second.memory.write_slice(&ram, GuestAddress(0)).unwrap();
+    let mut v = second.made.lock().unwrap().remove(0);
+    let tsc = |s: &ringfort_engine::CpuState| s.msrs.iter().find(|m| m.0 == 0x10).unwrap().1;
+    v.set_state(&state).unwrap();
+    assert!(tsc(&v.state().unwrap()) >= tsc(&state));
+    let second = second.go_with(vec![v]);
+    let start = Instant::now();
+    while second.word(at::DATA) < ticks + 5 {
+        assert!(start.elapsed() < Duration::from_secs(30), "the timer does not go on");
+        std::thread::yield_now();
+    }
+    second.end();
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::env::VmShared;
 use crate::cpu::Cpu;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Nanoseconds per second.
 const NS: u64 = 1_000_000_000;
@@ -135,13 +135,15 @@ pub struct VmTime {
     clock: HostClock,
     /// VM's TSC minus the host's ticks.
     offset: AtomicU64,
+    /// A saved TSC was loaded since a vCPU last ran.
+    restored: AtomicBool,
 }
 
 impl VmTime {
     /// TSC zero is now.
     pub fn new() -> VmTime {
         let clock = HostClock::get();
-        VmTime { clock, offset: AtomicU64::new(clock.now().wrapping_neg()) }
+        VmTime { clock, offset: AtomicU64::new(clock.now().wrapping_neg()), restored: AtomicBool::new(false) }
     }
 
     /// The VM's TSC, without any vCPU's adjustment.
@@ -159,10 +161,12 @@ impl VmTime {
     }
 
     /// Continue from a saved TSC value (less adjustment). The values of one machine's vCPUs were read at slightly different moments and
-    /// are loaded at such: within a second they are the same clock, and the first one counts.
+    /// are loaded at such, while none of them runs: the first one counts, and what is within a second of it is the same clock. A value
+    /// that was read less than a second ago (a debugger writes a register back) moves nothing.
     fn resume_at(&self, tsc: u64) {
         let ahead = tsc.wrapping_sub(self.tsc()) as i64;
-        if ahead.unsigned_abs() > self.clock.hz {
+        let first = !self.restored.swap(true, Ordering::SeqCst);
+        if ahead.unsigned_abs() > self.clock.hz || first && ahead > 0 {
             self.offset.store(tsc.wrapping_sub(self.clock.now()), Ordering::SeqCst);
         }
     }
@@ -196,6 +200,15 @@ impl Cpu {
         self.tsc_offset = self.env.vm.time.offset().wrapping_add(self.local.tsc_adjust);
         self.follow_tsc_deadline();
         self.refresh_system_time();
+    }
+
+    /// A run begins: follow the VM's offset, should another vCPU's saved state have moved it.
+    pub(super) fn begin_time(&mut self) {
+        let time = &self.env.vm.time;
+        time.restored.store(false, Ordering::SeqCst);
+        if self.tsc_offset != time.offset().wrapping_add(self.local.tsc_adjust) {
+            self.follow_tsc();
+        }
     }
 
     /// The guest writes IA32_TSC: the adjustment moves with it (Intel SDM 3B section 18.17.3).
