@@ -103,8 +103,6 @@ const ALWAYS: &[F] = &[
     F::PREFETCHITI,
     F::CLDEMOTE,
     F::CET_IBT,
-    F::HLE,
-    F::HLE_or_RTM,
 ];
 
 impl FeatureSet {

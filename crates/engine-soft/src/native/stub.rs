@@ -10,7 +10,9 @@
 use super::area::{Area, HOST_MXCSR_AT};
 use crate::cpu::{Cpu, Vectors};
 use crate::decode::Op;
-use iced_x86::{Encoder, EncodingKind, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register as R};
+use iced_x86::{
+    Encoder, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register as R,
+};
 use std::collections::HashMap;
 use std::mem::offset_of;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -70,6 +72,13 @@ pub(super) fn slots(i: &Instruction) -> u64 {
 /// The stub for a SIMD instruction (not x87), made if need be. `None` if it cannot be had: no executable memory, or nothing that can be
 /// executed this way.
 pub(super) fn simd(i: &Instruction) -> Option<usize> {
+    let mut i = *i;
+    if matches!(i.mnemonic(), Mnemonic::Extrq | Mnemonic::Insertq) && i.op_count() > 2 {
+        // Only six bits of either immediate count; 65,536 stubs for each would be too many.
+        i.set_immediate8(i.immediate8() & 0x3f);
+        i.set_immediate8_2nd(i.immediate8_2nd() & 0x3f);
+    }
+    let i = &i;
     let mut key = i.code() as u64;
     for n in 0..i.op_count() {
         match i.op_kind(n) {
@@ -191,6 +200,10 @@ fn build(i: &Instruction, s: &mut Stubs) -> Option<Vec<u8>> {
     let mut c = Vec::with_capacity(128);
     c.extend([0x49, 0x89, 0xd3]); // mov r11, rdx
     for &(n, r) in &regs {
+        // iced calls the destination of INSERTQ only written, but bits around the field are kept.
+        if access[n as usize] == OpAccess::Write && !r.is_gpr() && i.mnemonic() != Mnemonic::Insertq {
+            continue;
+        }
         // movzx eax, word [r11 + slot]
         c.extend([0x41, 0x0f, 0xb7, 0x43, SLOTS as u8 + 2 * n as u8]);
         move_operand(&mut c, n, r, vex, false);

@@ -1,4 +1,4 @@
-//! The XSAVE family: XSAVE, XSAVEOPT, XSAVEC, XSAVES, XRSTOR, XRSTORS, XGETBV (Intel SDM 1 chapter 13), for x87, SSE and AVX state.
+//! The XSAVE family: XSAVE, XSAVEOPT, XSAVEC, XSAVES, XRSTOR, XRSTORS (Intel SDM 1 chapter 13), for x87, SSE and AVX state.
 //!
 //! The modified optimization is not used: XSAVEOPT and XSAVES write every requested component that is in use.
 
@@ -267,40 +267,6 @@ fn xrstor<const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(Flow::Next)
 }
 
-fn xgetbv(cpu: &mut Cpu, _: &Op) -> Exec {
-    if cpu.cr4 & CR4_OSXSAVE == 0 {
-        return Err(cpu.ud());
-    }
-    let v = match cpu.regs[gpr::RCX] as u32 {
-        0 => cpu.xcr0,
-        1 => {
-            let used = cpu.xinuse();
-            let mxcsr = if cpu.vec.mxcsr != 0x1f80 { XCR0_SSE } else { 0 };
-            cpu.xcr0 & (used | mxcsr)
-        }
-        _ => return Err(cpu.gp(0)),
-    };
-    cpu.regs[gpr::RAX] = v & 0xffff_ffff;
-    cpu.regs[gpr::RDX] = v >> 32;
-    Ok(Flow::Next)
-}
-
-fn xsetbv(cpu: &mut Cpu, _: &Op) -> Exec {
-    if cpu.cr4 & CR4_OSXSAVE == 0 {
-        return Err(cpu.ud());
-    }
-    let v = cpu.regs[gpr::RDX] << 32 | cpu.regs[gpr::RAX] & 0xffff_ffff;
-    let offered =
-        cpu.cpuid.find(0xd, 0).map_or(0, |l| u64::from(l.edx) << 32 | u64::from(l.eax)) & XCR0_VALID;
-    let avx_alone = v & (XCR0_AVX | XCR0_SSE) == XCR0_AVX;
-    let bad = v & !offered != 0 || v & XCR0_X87 == 0 || avx_alone;
-    if cpu.cpl != 0 || cpu.regs[gpr::RCX] as u32 != 0 || bad {
-        return Err(cpu.gp(0));
-    }
-    cpu.xcr0 = v;
-    Ok(Flow::EndBlock)
-}
-
 pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
     use Mnemonic as M;
     let (run, long): (Handler, bool) = match ctx.i.mnemonic() {
@@ -316,8 +282,6 @@ pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
         M::Xrstor64 => (xrstor::<PLAIN>, true),
         M::Xrstors => (xrstor::<SUPERVISOR>, false),
         M::Xrstors64 => (xrstor::<SUPERVISOR>, true),
-        M::Xgetbv => (xgetbv, false),
-        M::Xsetbv => (xsetbv, false),
         _ => return None,
     };
     ctx.op.opsize = if long { 8 } else { 4 };

@@ -289,6 +289,74 @@ fn enter(m: &mut Machine, c: &Context) {
     m.cpu.import_xsave(&area).expect("a valid state");
 }
 
+/// Whether the bytes mean the same in 32-bit code, and for register operands in 16-bit code.
+fn elsewhere(b: &[u8], i: &Instruction, bits: u32) -> bool {
+    let other = Decoder::new(bits, b, DecoderOptions::NONE).decode();
+    let same = |n: u32| {
+        i.op_kind(n) == other.op_kind(n)
+            && (i.op_kind(n) != OpKind::Register || i.op_register(n) == other.op_register(n))
+            && (bits == 32 || i.op_kind(n) != OpKind::Memory)
+    };
+    i.code() == other.code()
+        && i.len() == other.len()
+        && (0..i.op_count()).all(same)
+        && !i.is_vsib()
+        && !matches!(i.op0_kind(), OpKind::MemorySegRDI)
+}
+
+/// Execute in the other modes what the 64-bit machine has executed, and compare with it.
+fn other_modes(
+    others: &mut [(TestMode, Machine)],
+    b: &[u8],
+    i: &Instruction,
+    before: &Context,
+    data: &[u8],
+    m: &mut Machine,
+    trap: Option<u8>,
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    let area = m.cpu.export_xsave();
+    for (mode, o) in others {
+        if !elsewhere(b, i, if *mode == TestMode::Protected32 { 32 } else { 16 }) || trap == Some(14) {
+            continue;
+        }
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        if memory {
+            o.write(DATA, data);
+        }
+        o.set_mode(*mode);
+        enter(o, before);
+        o.cpu.regs[..16].iter_mut().for_each(|r| *r &= 0xffff_ffff);
+        o.load_code(b);
+        let got = o.step().err().map(|t| t.vector);
+        let want = if *mode == TestMode::Real && i.encoding() == EncodingKind::VEX { Some(6) } else { trap };
+        if got != want {
+            problems.push(format!("{mode:?}: trap {got:?}, in 64-bit code {want:?}"));
+        }
+        if got.is_some() {
+            continue;
+        }
+        let there = o.cpu.export_xsave();
+        let high = |a: &[u8]| [&a[160..288], &a[576..704]].concat();
+        if x87(&there) != x87(&area) || there[24..28] != area[24..28] || high(&there) != high(&area) {
+            problems.push(format!("{mode:?}: vector or x87 state differs from that of 64-bit code"));
+        }
+        for n in (0..8).filter(|&n| n != 4) {
+            let (a, b) = (o.cpu.regs[n] as u32, m.cpu.regs[n] as u32);
+            if a != b {
+                problems.push(format!("{mode:?}: GPR {n} {a:#x}, in 64-bit code {b:#x}"));
+            }
+        }
+        if (o.cpu.rflags() ^ m.cpu.rflags()) & 0x8d5 != 0 {
+            problems.push(format!("{mode:?}: flags differ from those of 64-bit code"));
+        }
+        if memory && o.read(DATA, BYTES) != m.read(DATA, BYTES) {
+            problems.push(format!("{mode:?}: memory differs from that of 64-bit code"));
+        }
+    }
+    problems
+}
+
 /// What of the x87 state is compared: control, status, tags, registers.
 fn x87(image: &[u8]) -> Vec<u8> {
     let mut v = image[..5].to_vec();
@@ -314,7 +382,9 @@ fn engine_and_host_agree() {
     m.refresh();
     let features = m.cpu.features.clone();
     let mut info = InstructionInfoFactory::new();
+    let mut others = [TestMode::Protected32, TestMode::Real].map(|mode| (mode, Machine::new(mode)));
     let mut data = vec![0u8; BYTES];
+    let mut before_data = data.clone();
     let mut seen: BTreeMap<String, u64> = BTreeMap::new();
     let mut failed: BTreeMap<String, (u64, String)> = BTreeMap::new();
     let (mut done, mut trapped) = (0u64, [0u64; 32]);
@@ -328,6 +398,7 @@ fn engine_and_host_agree() {
         let b = &b[..i.len()];
         *seen.entry(format!("{:?}", i.code())).or_default() += 1;
         let mut c = state(&mut r, &i, &mut data);
+        before_data.copy_from_slice(&data);
         // SAFETY: the host's data mapping has BYTES bytes.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host.data, BYTES) };
         m.write(DATA, &data);
@@ -350,6 +421,9 @@ fn engine_and_host_agree() {
         page(&mut got);
         page(&mut want_page);
         let mut problems = Vec::new();
+        if done % 8 == 0 {
+            problems = other_modes(&mut others, b, &i, &start, &before_data, &mut m, got.map(|t| t.0));
+        }
         if got != want_page {
             problems.push(format!("trap: engine {got:x?}, host {want_page:x?}"));
         }
