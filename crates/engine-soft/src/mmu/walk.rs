@@ -63,13 +63,15 @@ impl Cpu {
         if self.long_mode() && (lin << 16) as i64 >> 16 != lin as i64 {
             return Err(self.non_canonical());
         }
+        // PAE entries outside long mode have no use for bits 52 to 62 either.
+        let pae_only = if self.long_mode() { 0 } else { 0x7ff << 52 };
         let rules = Rules {
             user: m == mode::USER,
             user_pages: m != mode::SUPERVISOR,
             wp: self.cr0 & CR0_WP != 0,
             nx: self.efer & EFER_NXE != 0,
             smep: self.cr4 & CR4_SMEP != 0,
-            reserved: self.mmu.reserved_addr,
+            reserved: self.mmu.reserved_addr | pae_only,
         };
         let walked = if self.cr4 & CR4_PAE == 0 {
             walk32(&self.mmu.ram, self.cr3, self.cr4 & CR4_PSE != 0, lin as u32, access, &rules)
@@ -198,7 +200,7 @@ fn walk64(
             }
             let shift = 12 + 9 * (level - 1);
             let leaf = level == 1 || (e & pte::PS != 0 && level <= 3);
-            let mut reserved = rules.reserved & pte::ADDR;
+            let mut reserved = rules.reserved & !pte::NX;
             if !rules.nx {
                 reserved |= pte::NX;
             }
