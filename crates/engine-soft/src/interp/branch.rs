@@ -57,11 +57,23 @@ fn jmp_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 
 #[inline(always)]
 fn call<T: Int>(cpu: &mut Cpu, op: &Op, to: u64) -> Exec {
-    let to = target::<T>(cpu, to)?;
+    let to = match target::<T>(cpu, to) {
+        Ok(to) => to,
+        Err(_) => return Err(call_fault::<T>(cpu)),
+    };
     let back = cpu.next_ip(op);
     cpu.push(T::from_u64(back))?;
     cpu.regs[usize::from(RIP)] = to;
     Ok(Flow::Branch)
+}
+
+/// A call to where code cannot go: if the stack would fault too, that comes first.
+#[cold]
+fn call_fault<T: Int>(cpu: &mut Cpu) -> Trap {
+    match cpu.probe_push(T::SIZE) {
+        Ok(()) => cpu.gp(0),
+        Err(t) => t,
+    }
 }
 
 fn call_rel<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {

@@ -75,6 +75,16 @@ impl Cpu {
         Ok(())
     }
 
+    /// Fault as a push of `size` bytes would.
+    ///
+    /// # Errors
+    /// As [`Cpu::push`].
+    pub fn probe_push(&mut self, size: usize) -> Result<(), Trap> {
+        let sp = self.regs[RSP].wrapping_sub(size as u64) & self.sp_mask();
+        let lin = self.stack_linear(sp, size, Access::Write)?;
+        self.probe_write(lin, size).map_err(|t| self.on_stack(t))
+    }
+
     /// Pop, with the current privilege.
     ///
     /// # Errors

@@ -132,13 +132,18 @@ fn extended(rng: &mut Rng) -> [u8; 10] {
 
 /// A random instruction of `code`; `None` if this attempt has no encoding.
 pub fn instruction(code: Code, rng: &mut Rng, at: u64) -> Option<Generated> {
+    instruction_for(64, code, rng, at)
+}
+
+/// As [`instruction`], for code of another width (16 or 32 bits).
+pub fn instruction_for(bits: u32, code: Code, rng: &mut Rng, at: u64) -> Option<Generated> {
     let info = code.op_code();
     let mut i = Instruction::new();
     i.set_code(code);
     let mut pointer = None;
     let mut used = Vec::new();
     let vsib = (0..info.op_count()).any(|n| format!("{:?}", info.op_kind(n)).contains("vsib"));
-    let narrow = !vsib && rng.u32(0..16) == 0;
+    let narrow = bits != 64 || !vsib && rng.u32(0..16) == 0;
     for n in 0..info.op_count() {
         operand(&mut i, n, info.op_kind(n), rng, at, narrow, &mut pointer, &mut used)?;
     }
@@ -153,11 +158,11 @@ pub fn instruction(code: Code, rng: &mut Rng, at: u64) -> Option<Generated> {
             _ => {}
         }
     }
-    let mut e = Encoder::new(64);
+    let mut e = Encoder::new(bits);
     e.encode(&i, at).ok()?;
     let bytes = e.take_buffer();
     // What comes back is what is executed: lengths, and forms that the encoder normalises.
-    let mut d = Decoder::with_ip(64, &bytes, at, DecoderOptions::AMD);
+    let mut d = Decoder::with_ip(bits, &bytes, at, DecoderOptions::AMD);
     let instruction = d.decode();
     if instruction.is_invalid() || d.position() != bytes.len() {
         return None;
@@ -222,8 +227,15 @@ fn operand(
         K::dx => Register::DX,
         K::eax => Register::EAX,
         K::rax => Register::RAX,
+        K::es => Register::ES,
+        K::cs => Register::CS,
+        K::ss => Register::SS,
+        K::ds => Register::DS,
         K::fs => Register::FS,
         K::gs => Register::GS,
+        K::seg_reg => pick([Register::ES, Register::DS, Register::SS][rng.usize(0..3)], 1, rng),
+        K::cr_reg => pick(Register::CR0, 1, rng),
+        K::dr_reg => pick(Register::DR6, 1, rng),
         K::st0 => Register::ST0,
         K::sti_opcode => pick(Register::ST0, 8, rng),
         _ => Register::None,
@@ -285,6 +297,22 @@ fn operand(
             i.set_memory_base(if narrow { Register::EBX } else { Register::RBX });
             i.set_memory_index(Register::AL);
         }
+        K::br16_1 | K::br16_2 => {
+            i.set_op_kind(n, OpKind::NearBranch16);
+            i.set_near_branch16((at + BRANCH_TO) as u16);
+        }
+        K::br32_1 | K::br32_4 => {
+            i.set_op_kind(n, OpKind::NearBranch32);
+            i.set_near_branch32((at + BRANCH_TO) as u32);
+        }
+        K::farbr2_2 => {
+            i.set_op_kind(n, OpKind::FarBranch16);
+            i.set_far_branch16(v as u16);
+        }
+        K::farbr4_2 => {
+            i.set_op_kind(n, OpKind::FarBranch32);
+            i.set_far_branch32(v as u32);
+        }
         K::br64_1 | K::br64_4 => {
             i.set_op_kind(n, OpKind::NearBranch64);
             i.set_near_branch64(at + BRANCH_TO);
@@ -304,7 +332,7 @@ fn memory(
     use OpCodeOperandKind as K;
     let inside = DATA + rng.u64(64..DATA_SIZE as u64 - 64) & !rng.u64(0..64);
     if kind == K::mem_offs {
-        i.set_memory_displ_size(8);
+        i.set_memory_displ_size(if narrow { 4 } else { 8 });
         i.set_memory_displacement64(inside);
         return;
     }

@@ -205,7 +205,17 @@ fn compare_group(wanted: Group, states: u64) {
 
 #[test]
 fn integer_instructions() {
-    compare_group(Group::Integer, 400);
+    compare_group(Group::Integer, 600);
+}
+
+#[test]
+fn vector_instructions() {
+    compare_group(Group::Vector, 200);
+}
+
+#[test]
+fn x87_instructions() {
+    compare_group(Group::X87, 800);
 }
 
 /// Several instructions in a row, so that what one leaves is what the next finds.
@@ -231,6 +241,43 @@ fn integer_sequences() {
         bench.sequence(&parts, &mut rng);
     }
     bench.finish(cases);
+}
+
+/// Whatever CPUID declares is executed by something, in every width of code; privileged instructions included.
+#[test]
+fn every_declared_instruction_has_a_handler() {
+    let bench = Bench::new();
+    let mut rng = Rng::with_seed(7);
+    let mut without = Vec::new();
+    let mut checked = 0;
+    for bits in [16, 32, 64] {
+        for code in Code::values() {
+            let info = code.op_code();
+            let fits = match bits {
+                16 => info.mode16(),
+                32 => info.mode32(),
+                _ => info.mode64(),
+            };
+            if !fits
+                || !info.is_instruction()
+                || matches!(code.mnemonic(), M::Ud0 | M::Ud1 | M::Ud2 | M::Xtest | M::INVALID)
+            {
+                continue;
+            }
+            let made = (0..400).find_map(|_| generate::instruction_for(bits, code, &mut rng, 0));
+            if let Some(g) = made
+                && bench.offers(&g.instruction)
+            {
+                checked += 1;
+                if !bench.has_handler(&g.instruction, &g.bytes, bits) {
+                    without.push(format!("{code:?} ({bits})"));
+                }
+            }
+        }
+    }
+    println!("{checked} instruction forms");
+    assert!(without.is_empty(), "{} forms without a handler: {}", without.len(), without.join(", "));
+    assert!(checked > 2000);
 }
 
 /// The harness itself: a difference must be found.

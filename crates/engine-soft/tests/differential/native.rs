@@ -175,8 +175,8 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_v
         let vector = g[at(libc::REG_TRAPNO)] as u8;
         let address = if vector == 14 { g[at(libc::REG_CR2)] as u64 } else { 0 };
         let mut error = if matches!(vector, 8 | 10..=14 | 17) { g[at(libc::REG_ERR)] as u32 } else { 0 };
-        if address >> 63 != 0 {
-            // Linux claims that all of its own half is present.
+        if address >= 0x7fff_ffff_f000 {
+            // Linux claims that all of its own part is present.
             error &= !1;
         }
         FAULT = Some(Fault { vector, error, address });
