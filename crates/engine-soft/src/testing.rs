@@ -213,7 +213,7 @@ impl Machine {
             c.seg = [Segment::real(0); 6];
             c.seg[CS] =
                 Segment { attrs: PRESENT | S | CODE | RW | 1, ..Segment::real((layout::CODE >> 4) as u16) };
-            c.seg[SS] = Segment::real((layout::STACK_TOP - 0x1_0000 >> 4) as u16);
+            c.seg[SS] = Segment::real(((layout::STACK_TOP - 0x1_0000) >> 4) as u16);
             c.idtr = TableRegister { base: 0, limit: 0x3ff };
         } else {
             c.cr0 |= CR0_PE | CR0_WP;

@@ -167,7 +167,7 @@ fn decimal_adjustments() {
 fn repeated_strings_cross_pages_and_stop_at_faults() {
     let mut m = long();
     let (from, to) = (layout::DATA + 0x800, layout::DATA + 0x1_0ff8);
-    let data: Vec<u8> = (0..0x5000u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let data: Vec<u8> = (0..0x5000u32).map(|n| ((n * 7) >> 3) as u8).collect();
     m.write(from, &data);
     m.cpu.regs[RSI] = from;
     m.cpu.regs[RDI] = to;

@@ -224,8 +224,11 @@ fn integer_sequences() {
     let cases = setting("RINGFORT_DIFF_CASES", 400) * 50;
     let mut rng = Rng::with_seed(setting("RINGFORT_DIFF_SEED", 1));
     let mut bench = Bench::new();
-    let codes: Vec<Code> =
-        codes(Group::Integer).into_iter().filter(|c| c.flow_control() == FlowControl::Next).collect();
+    let codes: Vec<Code> = codes(Group::Integer)
+        .into_iter()
+        // Without what has an exemption of its own (see `compare`).
+        .filter(|&c| c.flow_control() == FlowControl::Next && c != Code::Movsxd_r16_rm16)
+        .collect();
     for _ in 0..cases {
         let mut parts = Vec::new();
         let mut at = native::CODE;
