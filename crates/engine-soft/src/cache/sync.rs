@@ -66,7 +66,7 @@ impl Cpu {
             self.take_code_posts();
             std::hint::spin_loop();
             spins += 1;
-            if spins % 256 == 0 {
+            if spins.is_multiple_of(256) {
                 // The one that is waited for may have no host CPU.
                 std::thread::yield_now();
             }
