@@ -109,6 +109,9 @@ pub struct Host {
     pub data: *mut u8,
 }
 
+// SAFETY: the mappings belong to the process.
+unsafe impl Send for Host {}
+
 impl Host {
     /// Install the handlers, and map `bytes` of data at the address that the guest's data has.
     pub fn new(address: u64, bytes: usize) -> Host {

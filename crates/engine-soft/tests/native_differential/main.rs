@@ -12,6 +12,7 @@ use iced_x86::{
 };
 use ringfort_engine_soft::testing::{Machine, TestMode, layout};
 use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Two pages of data; the third is not mapped.
 const DATA: u64 = layout::DATA;
@@ -364,6 +365,110 @@ fn x87(image: &[u8]) -> Vec<u8> {
     v
 }
 
+/// The one host there is.
+fn host() -> MutexGuard<'static, Host> {
+    static HOST: OnceLock<Mutex<Host>> = OnceLock::new();
+    let host = HOST.get_or_init(|| Mutex::new(Host::new(DATA, BYTES)));
+    host.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A random area for XRSTOR or FXRSTOR: mostly valid.
+fn image(r: &mut Rng, before: &Context) -> Vec<u8> {
+    let mut a: Vec<u8> = (0..832).map(|_| r.u8(..)).collect();
+    a[..160].copy_from_slice(&before.fx[..160]);
+    let mxcsr = r.u32(..) & 0xffff | if r.u8(0..8) == 0 { 1 << r.u32(18..32) } else { 0 };
+    a[24..28].copy_from_slice(&mxcsr.to_le_bytes());
+    a[512..576].fill(0);
+    a[512] = r.u8(0..8);
+    if r.bool() {
+        a[520] = if r.u8(0..4) == 0 { r.u8(0..8) } else { a[512] | r.u8(0..8) };
+        a[527] = 0x80;
+    }
+    if r.u8(0..12) == 0 {
+        a[512 + r.usize(0..64)] |= 1;
+    }
+    a
+}
+
+#[test]
+fn state_images_agree() {
+    if !std::arch::is_x86_feature_detected!("avx2") {
+        return;
+    }
+    // SAFETY: CPUID has this leaf wherever AVX is.
+    let has = std::arch::x86_64::__cpuid_count(0xd, 1).eax;
+    let mut host = host();
+    let mut m = Machine::new(TestMode::Long64);
+    let mut r = Rng::with_seed(5);
+    let mut data = vec![0u8; BYTES];
+    let add = Decoder::new(64, &[0x0f, 0x58, 0xc1], DecoderOptions::NONE).decode();
+    let mut forms: Vec<(&str, Vec<u8>)> = vec![
+        ("fxsave64", vec![0x48, 0x0f, 0xae, 0x03]),
+        ("fxrstor64", vec![0x48, 0x0f, 0xae, 0x0b]),
+        ("fxsave", vec![0x0f, 0xae, 0x03]),
+        ("fxrstor", vec![0x0f, 0xae, 0x0b]),
+        ("xsave64", vec![0x48, 0x0f, 0xae, 0x23]),
+        ("xrstor64", vec![0x48, 0x0f, 0xae, 0x2b]),
+        ("xrstor", vec![0x0f, 0xae, 0x2b]),
+    ];
+    if has & 2 != 0 {
+        forms.push(("xsavec64", vec![0x48, 0x0f, 0xc7, 0x23]));
+    }
+    let mut faults = 0;
+    for case in 0..60_000 {
+        let (name, code) = &forms[r.usize(0..forms.len())];
+        let mut c = state(&mut r, &add, &mut data);
+        // All components are in use: when one counts as initial is the CPU's choice.
+        let mut at = 0x840;
+        if r.u8(0..16) == 0 {
+            at += [8, 16, 32][r.usize(0..3)];
+        }
+        c.gpr[3] = DATA + at as u64;
+        (c.gpr[0], c.gpr[2]) = (r.u64(0..8), 0);
+        data[at..at + 832].copy_from_slice(&image(&mut r, &c));
+        if name.contains("xsave") {
+            // The header of an area that was never written.
+            data[at + 512..at + 576].fill(0);
+            data[at + 512] = r.u8(0..8);
+        }
+        // SAFETY: the host's data mapping has BYTES bytes.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host.data, BYTES) };
+        m.write(DATA, &data);
+        enter(&mut m, &c);
+        m.load_code(code);
+        let got = m.step().err().map(|t| t.vector);
+        let area = m.cpu.export_xsave();
+        host.run(code, &mut c);
+        let want = (c.trap != 0).then(|| c.trap as u8 - 1);
+        assert_eq!(
+            got,
+            want,
+            "{name} case {case}: RFBM {:x} header {:x?}",
+            c.gpr[0],
+            &data[at + 512..at + 576]
+        );
+        faults += u32::from(want.is_some());
+        assert_eq!(m.cpu.vec.mxcsr, c.mxcsr, "{name} case {case}");
+        for n in 0..16 {
+            assert_eq!(m.cpu.vec.ymm[n].0, c.ymm[n], "{name} case {case}: YMM{n}");
+        }
+        assert_eq!(x87(&area), x87(&c.fx), "{name} case {case}");
+        let guest = m.read(DATA, BYTES);
+        // SAFETY: as above.
+        let mut native = unsafe { std::slice::from_raw_parts(host.data, BYTES) }.to_vec();
+        if name.contains("save") {
+            // Pointers and MXCSR_MASK are the engine's own.
+            native[at + 6..at + 24].copy_from_slice(&guest[at + 6..at + 24]);
+            native[at + 28..at + 32].copy_from_slice(&guest[at + 28..at + 32]);
+        }
+        let first = guest.iter().zip(&native).position(|(a, b)| a != b);
+        let around = first.map(|n| (n - at, guest[n], native[n]));
+        assert_eq!(first, None, "{name} case {case}: {around:x?}, RFBM {:x}", c.gpr[0]);
+        data.copy_from_slice(&native);
+    }
+    assert!(faults > 1000, "only {faults} faults");
+}
+
 #[test]
 fn engine_and_host_agree() {
     let number =
@@ -374,7 +479,7 @@ fn engine_and_host_agree() {
     let cases = number("RINGFORT_CASES", 150_000);
     let mut r = Rng::with_seed(number("RINGFORT_SEED", 1));
     // First the test's own handlers: the engine's chain to them.
-    let mut host = Host::new(DATA, BYTES);
+    let mut host = host();
     let mut m = Machine::new(TestMode::Long64);
     for page in (DATA + BYTES as u64..DATA + 0x2_0000).step_by(0x1000) {
         m.map(page, 0, 0);
