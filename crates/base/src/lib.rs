@@ -4,6 +4,7 @@
 
 pub mod error;
 pub mod event_loop;
+pub mod file;
 pub mod host;
 pub mod kvm_probe;
 pub mod pty;

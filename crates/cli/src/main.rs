@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod doctor;
+mod exit;
 mod progress;
+mod run;
 
 use std::process::ExitCode;
 
@@ -18,6 +20,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(Box<run::RunArgs>),
     /// Say what this host offers for virtual machines, and what to do about what is missing
     Doctor {
         /// Write the findings as JSON
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Err(e) => return usage(&e),
     };
     match cli.command {
+        Command::Run(args) => args.run(),
         Command::Doctor { json } => doctor::run(json),
         Command::Guest { test, json } => guest(test, json),
     }

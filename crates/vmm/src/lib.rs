@@ -1,7 +1,17 @@
 //! One virtual machine: configuration, plan, build, run loop, lifecycle.
+//!
+//! [`run`] is the whole story: check the configuration, open the serial port's other end, build the [`machine`], and loop over what the
+//! guest, the user and the host's signals want until the machine ends.
 #![forbid(unsafe_code)]
 
 pub mod chardev;
 pub mod config;
+mod error;
+mod log;
+pub mod machine;
+mod run;
 pub mod time;
 pub mod vcpus;
+
+pub use error::VmmError;
+pub use run::{Outcome, run};

@@ -1,6 +1,7 @@
 //! Machine time: the clock that devices see, and their timers.
 
 use ringfort_bus::{Clock, Timer, TimerDevice, lock};
+use ringfort_machine_pc::Timers;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
@@ -91,17 +92,17 @@ impl TimerService {
         let thread = std::thread::Builder::new().name("timers".into()).spawn(move || run.serve())?;
         Ok(TimerService { service, thread: Some(thread) })
     }
+}
 
-    /// A new timer and its number for [`bind`](Self::bind).
-    pub fn timer(&self) -> (Arc<dyn Timer>, usize) {
+impl Timers for TimerService {
+    fn timer(&self) -> (Arc<dyn Timer>, usize) {
         let mut q = lock(&self.service.queue);
         q.timers.push((0, false, None));
         let number = q.timers.len() - 1;
         (Arc::new(Handle { service: self.service.clone(), number }), number)
     }
 
-    /// Tell timer `number` whom to call: timer `index` of `device`.
-    pub fn bind(&self, number: usize, device: Weak<Mutex<dyn TimerDevice>>, index: u32) {
+    fn bind(&self, number: usize, device: Weak<Mutex<dyn TimerDevice>>, index: u32) {
         if let Some(t) = lock(&self.service.queue).timers.get_mut(number) {
             t.2 = Some((device, index));
         }

@@ -1,0 +1,162 @@
+//! `ringfort run`: one virtual machine in the foreground.
+
+use crate::exit;
+use crate::progress::BuildProgress;
+use clap::{Args, ValueHint};
+use ringfort_vmm::Outcome;
+use ringfort_vmm::config::{Accel, Boot, Disk, Net, Serial, VmConfig, parse_size};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Boot a virtual machine and connect this terminal to its serial port.
+///
+/// Without --kernel it boots the default guest: a Debian system made from Debian's packages on first use and kept in the cache folder. Root
+/// logs in on the console without a password. What the guest writes is thrown away at the end unless --keep is given.
+#[derive(Args, Debug)]
+#[command(after_help = AFTER)]
+pub struct RunArgs {
+    /// Kernel: bzImage, ELF with PVH note, or multiboot
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    initrd: Option<PathBuf>,
+    /// Kernel command line; added to the default guest's own when no kernel is given
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+    /// RAM, for instance 512M or 2G (plain numbers are MiB)
+    #[arg(long, short, value_name = "SIZE", default_value = "1G", value_parser = memory)]
+    memory: u64,
+    /// Number of vCPUs, 1 to 16
+    #[arg(long, short, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+    /// A disk: path=FILE[,format=raw][,readonly=on][,snapshot=on][,serial=TEXT][,queues=N]; may be repeated
+    #[arg(long, value_name = "OPTIONS")]
+    disk: Vec<Disk>,
+    /// Engine: auto, kvm or soft
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    accel: Accel,
+    /// CPU model and features, for instance max, host, qemu64,+avx2 or EPYC,-aes
+    #[arg(long, value_name = "MODEL[,±FEATURE…]", default_value = "max")]
+    cpu: String,
+    /// First serial port: stdio, file:PATH, pty, unix:PATH or none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: Serial,
+    /// Network: none
+    #[arg(long, value_name = "WHAT", default_value = "none")]
+    net: Net,
+    /// Leave when the guest resets, with status 3, instead of booting it again
+    #[arg(long)]
+    no_reboot: bool,
+    /// Name of the machine
+    #[arg(long, value_name = "TEXT", default_value = "guest")]
+    name: String,
+    /// Keep what the default guest writes to its disk, in a copy of its own in the cache folder
+    #[arg(long, conflicts_with = "kernel")]
+    keep: bool,
+}
+
+const AFTER: &str = "\
+Keys:
+  Ctrl-A x    stop the machine and leave        Ctrl-A h    help
+  Ctrl-A p    press the power button            Ctrl-A r    reset
+
+Exit status:
+  0  the guest powered off, or Ctrl-A x      3  the guest reset (--no-reboot)
+  1  Ringfort failed                         4  the guest panicked
+  2  bad options or files                    odd numbers from 5: the guest's debug-exit value
+
+Examples:
+  ringfort run                                          the default Debian guest
+  ringfort run -m 2G -c 2 --keep                        the same, larger, and it remembers
+  ringfort run --kernel vmlinuz --initrd initrd --cmdline console=ttyS0
+  ringfort run --kernel vmlinuz --disk path=root.img --cmdline 'console=ttyS0 root=/dev/vda'";
+
+fn memory(text: &str) -> Result<u64, String> {
+    parse_size(text, 1 << 20)
+}
+
+impl RunArgs {
+    /// Do it.
+    pub fn run(self) -> ExitCode {
+        let config = match self.config() {
+            Ok(c) => c,
+            Err(message) => return exit::usage(&message),
+        };
+        match ringfort_vmm::run(&config, &mut |line| eprintln!("ringfort: {line}")) {
+            Ok(Outcome::PowerOff | Outcome::Quit) => ExitCode::SUCCESS,
+            Ok(Outcome::Reset) => ExitCode::from(exit::GUEST_RESET),
+            Ok(Outcome::Panicked) => {
+                eprintln!("ringfort: the guest panicked");
+                ExitCode::from(exit::GUEST_PANIC)
+            }
+            Ok(Outcome::DebugExit(status)) => ExitCode::from(status),
+            Err(e) if e.is_usage() => exit::usage(&e.to_string()),
+            Err(e) => exit::failure(&e.to_string()),
+        }
+    }
+
+    fn config(self) -> Result<VmConfig, String> {
+        let mut config = VmConfig {
+            name: self.name,
+            accel: self.accel,
+            cpu: self.cpu,
+            cpus: self.cpus,
+            memory: self.memory,
+            boot: Boot::default(),
+            disks: self.disk,
+            serial: self.serial,
+            net: self.net,
+            no_reboot: self.no_reboot,
+        };
+        match self.kernel {
+            Some(kernel) => {
+                config.boot = Boot { kernel, initrd: self.initrd, cmdline: self.cmdline.unwrap_or_default() };
+            }
+            None if self.initrd.is_some() => {
+                return Err("--initrd needs --kernel: name the kernel that it belongs to".into());
+            }
+            None => default_guest(&mut config, self.cmdline, self.keep)?,
+        }
+        Ok(config)
+    }
+}
+
+/// Fill in the default guest, built first if need be.
+fn default_guest(config: &mut VmConfig, cmdline: Option<String>, keep: bool) -> Result<(), String> {
+    let cache = ringfort_guest::cache_dir().map_err(|e| e.to_string())?;
+    let mut progress = BuildProgress::new();
+    let guest = ringfort_guest::ensure(&cache, &mut progress).map_err(|e| e.to_string())?;
+    drop(progress);
+    let path = if keep { kept_copy(&cache, &guest.disk)? } else { guest.disk };
+    let disk = Disk { path, format: None, readonly: false, snapshot: !keep, serial: None, queues: None };
+    config.disks.insert(0, disk);
+    config.boot = Boot { kernel: guest.kernel, initrd: Some(guest.initrd), cmdline: guest.cmdline };
+    if let Some(extra) = cmdline {
+        config.boot.cmdline = format!("{} {extra}", config.boot.cmdline);
+    }
+    Ok(())
+}
+
+/// The copy of the default disk that `--keep` writes to: made on first use, whole before it has its name.
+fn kept_copy(cache: &std::path::Path, pristine: &std::path::Path) -> Result<PathBuf, String> {
+    let kept = cache.join("kept.img");
+    if kept.exists() {
+        return Ok(kept);
+    }
+    let scratch = cache.join(format!(".kept-{}", std::process::id()));
+    let fail = |e: std::io::Error| {
+        format!(
+            "cannot make {}: {e}; free some space or choose another folder with XDG_CACHE_HOME",
+            kept.display()
+        )
+    };
+    let made = ringfort_base::file::copy_sparse(pristine, &scratch)
+        .and_then(|()| std::fs::rename(&scratch, &kept))
+        .map_err(fail);
+    if made.is_err() {
+        // A scratch file that is not there needs no removing.
+        let _ = std::fs::remove_file(&scratch);
+    }
+    made.map(|()| kept)
+}

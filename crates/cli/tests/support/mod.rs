@@ -1,0 +1,177 @@
+//! Drives a guest over the serial console of the real `ringfort` binary.
+#![allow(dead_code, reason = "each test crate uses its part")]
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// The longest that a guest may take for one step. Only a hang runs into it: steps end by what they wait for.
+pub const PATIENCE: Duration = Duration::from_secs(900);
+
+/// Guests run one at a time, so that they do not take the CPU from each other.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The test guest: kernel and busybox.
+pub fn test_guest() -> ringfort_guest::TestGuest {
+    let cache = ringfort_guest::cache_dir().expect("a cache folder");
+    ringfort_guest::ensure_test(&cache, &mut ()).expect("the test guest")
+}
+
+/// The default guest: Debian with systemd.
+pub fn debian_guest() -> ringfort_guest::DefaultGuest {
+    let cache = ringfort_guest::cache_dir().expect("a cache folder");
+    ringfort_guest::ensure(&cache, &mut ()).expect("the default guest")
+}
+
+/// A folder that goes away with the test.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
+    pub fn new(name: &str) -> Scratch {
+        let dir = std::env::temp_dir().join(format!("ringfort-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("a scratch folder");
+        Scratch(dir)
+    }
+
+    /// An empty sparse file of `size` bytes.
+    pub fn disk(&self, name: &str, size: u64) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::File::create(&path).and_then(|f| f.set_len(size)).expect("a disk file");
+        path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A `ringfort` command line.
+pub fn ringfort(args: &[&str]) -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_ringfort"));
+    c.args(args);
+    c
+}
+
+/// A running guest.
+pub struct Guest {
+    child: Child,
+    stdin: ChildStdin,
+    output: Receiver<Vec<u8>>,
+    /// Everything the guest has said.
+    pub said: String,
+    /// How much of it has been matched.
+    seen: usize,
+}
+
+impl Guest {
+    /// Start `command`.
+    pub fn start(mut command: Command) -> Guest {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .expect("ringfort");
+        let stdin = child.stdin.take().expect("piped");
+        let mut stdout = child.stdout.take().expect("piped");
+        let (tx, output) = channel();
+        std::thread::spawn(move || {
+            let mut buf = [0; 4096];
+            while let Ok(n) = stdout.read(&mut buf) {
+                if n == 0 || tx.send(buf[..n].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Guest { child, stdin, output, said: String::new(), seen: 0 }
+    }
+
+    /// Wait until the guest says `text`; gives what it said before that since the last match.
+    pub fn expect(&mut self, text: &str) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.said[self.seen..].find(text) {
+                let before = self.said[self.seen..self.seen + at].to_owned();
+                self.seen += at + text.len();
+                return before;
+            }
+            match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.said.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(e) => {
+                    let why = match e {
+                        RecvTimeoutError::Timeout => "did not come in time",
+                        RecvTimeoutError::Disconnected => "did not come before the guest ended",
+                    };
+                    panic!("{text:?} {why}; the guest said:\n{}", self.tail());
+                }
+            }
+        }
+    }
+
+    /// The last lines of what it said.
+    pub fn tail(&self) -> String {
+        let lines: Vec<&str> = self.said.lines().collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+
+    /// Type `text`.
+    pub fn send(&mut self, text: &str) {
+        self.stdin.write_all(text.as_bytes()).expect("the guest's input");
+        self.stdin.flush().expect("the guest's input");
+    }
+
+    /// Run a shell command; gives its output, and checks that it succeeded.
+    pub fn shell(&mut self, command: &str) -> String {
+        // The marks are written so that the echo of the command line does not contain them.
+        self.send(&format!("echo rf-'begin'; {command}; echo rf-'end':$?\n"));
+        self.expect("rf-begin\r\n");
+        let out = self.expect("rf-end:");
+        let status = self.expect("\r\n");
+        assert_eq!(status, "0", "`{command}` failed with {status}: {out}");
+        out.replace('\r', "").trim_end().to_owned()
+    }
+
+    /// Wait for the process to end.
+    pub fn wait(mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.said.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Disconnected) => return self.child.wait().expect("its status"),
+                Err(RecvTimeoutError::Timeout) => panic!("the guest did not end; it said:\n{}", self.tail()),
+            }
+        }
+    }
+
+    /// The process number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // A test that failed leaves no guest behind.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Seconds since 1970 on the host.
+pub fn host_seconds() -> i64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a clock after 1970");
+    now.as_secs() as i64
+}
+
+/// A path as text.
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("a path that is text")
+}

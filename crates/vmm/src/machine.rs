@@ -1,0 +1,329 @@
+//! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
+
+use crate::chardev::{Chardev, Input, Output};
+use crate::config::{Accel, Disk, DiskFormat, VmConfig};
+use crate::error::VmmError;
+use crate::time::{MachineClock, TimerService};
+use crate::vcpus::{VcpuEvent, Vcpus};
+use ringfort_block::{BlockBackend, Format, ImageOptions, Overlay, open_image};
+use ringfort_bus::{IrqLine, MsiSink, Shared, lock};
+use ringfort_devices::pci::PciFunction;
+use ringfort_devices::power::PowerSink;
+use ringfort_devices::serial::{Serial, SerialSink};
+use ringfort_devices::{debug_exit, debugcon};
+use ringfort_engine::{EngineError, Hypervisor, Vcpu, Vm};
+use ringfort_machine_pc::boot::{Entry, ImageFile, Module};
+use ringfort_machine_pc::layout::Layout;
+use ringfort_machine_pc::{Identity, Pc, PcConfig, PcError, SerialPort};
+use ringfort_memory::RamMap;
+use ringfort_virtio::VirtioDevice;
+use ringfort_virtio::balloon::{Balloon, BalloonOptions, HostRelease};
+use ringfort_virtio::blk::{Blk, BlkOptions};
+use ringfort_virtio::pci::VirtioPci;
+use ringfort_virtio::rng::Rng;
+use ringfort_x86::cpuid::{CpuBuilder, CpuSpec, Hypervisor as HypervisorLeaves, SpecError, Topology};
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+
+/// Most queues that a disk gets by itself.
+const DEFAULT_QUEUES: u32 = 4;
+
+/// Everything of one VM, paused.
+pub struct Machine {
+    config: VmConfig,
+    cpus: CpuBuilder,
+    tsc_khz: u32,
+    uuid: [u8; 16],
+    pc: Arc<Pc>,
+    /// Keeps the VM: the machine holds it weakly.
+    _vm: Arc<dyn Vm>,
+    vcpus: Vcpus,
+    /// Dropped after the vCPUs, so that what the guest said last is written.
+    serial: Chardev,
+    _timers: TimerService,
+}
+
+fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmmError {
+    move |source| VmmError::Host { what, source }
+}
+
+impl Machine {
+    /// Build the machine that `config` describes and load its kernel. `say` gets a line about what was chosen or is missing.
+    ///
+    /// # Errors
+    /// [`VmmError`]; nothing is left behind.
+    pub fn build(
+        config: &VmConfig,
+        mut serial: Chardev,
+        power: Arc<dyn PowerSink>,
+        report: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Machine, VmmError> {
+        let engine = open_engine(config.accel, say)?;
+        let cpus = describe_cpus(config, engine.as_ref(), say)?;
+        let layout = Layout::new(config.memory, cpus.physical_bits())?;
+        let memory = layout.allocate()?;
+
+        let clock = MachineClock::new();
+        let timers = TimerService::start(clock.clone()).map_err(host("starting the timer thread"))?;
+        let log = Arc::new(crate::log::GuestLog::new());
+        let room: Arc<OnceLock<Arc<dyn Fn() + Send + Sync>>> = Arc::default();
+        let room_of = room.clone();
+        let debug_log = log.clone();
+        let config_of_pc = PcConfig {
+            layout,
+            memory: memory.clone(),
+            clock,
+            power,
+            serial: vec![SerialPort {
+                sink: Box::new(ToOutput(serial.output())),
+                room: Box::new(move || room_of.get().into_iter().for_each(|f| f())),
+            }],
+            debugcon: Some((debugcon::PORT, Box::new(move |bytes| debug_log.bytes(bytes)))),
+            debug_exit: Some(debug_exit::PORT),
+            pvpanic: true,
+            hpet: true,
+            log: Arc::new(move |line| log.line(line)),
+        };
+        let pc = Pc::new(config_of_pc, &timers)?;
+        join_serial(&pc, &mut serial, &room).map_err(VmmError::Serial)?;
+
+        let ram = Arc::new(RamMap::new(&memory));
+        for disk in &config.disks {
+            let device = open_disk(disk, config.cpus).map_err(VmmError::Disk)?;
+            add_virtio(&pc, &ram, Arc::new(device))?;
+        }
+        add_virtio(&pc, &ram, Arc::new(Rng::new()))?;
+        let balloon = Balloon::new(BalloonOptions::default(), Arc::new(HostRelease::new(ram.clone())));
+        add_virtio(&pc, &ram, Arc::new(balloon))?;
+
+        let vm = engine.create_vm(memory.clone(), pc.clone())?;
+        pc.connect(vm.clone());
+        let vcpus: Vec<Box<dyn Vcpu>> =
+            apic_ids(&cpus).map(|id| vm.create_vcpu(id, cpus.table(id))).collect::<Result<_, _>>()?;
+        let vcpus = Vcpus::start(vcpus, report).map_err(host("starting the vCPU threads"))?;
+
+        let machine = Machine {
+            config: config.clone(),
+            cpus,
+            tsc_khz: engine.capabilities().tsc_khz,
+            uuid: random_uuid().map_err(host("reading random bytes"))?,
+            pc,
+            _vm: vm,
+            vcpus,
+            serial,
+            _timers: timers,
+        };
+        machine.power_on()?;
+        Ok(machine)
+    }
+
+    /// What firmware does: place BARs, write tables, load the kernel, set up the boot vCPU.
+    fn power_on(&self) -> Result<(), VmmError> {
+        let entry = self.load_kernel()?;
+        let answers = self.vcpus.with_each(move |number, vcpu| {
+            vcpu.reset()?;
+            if number == 0 {
+                let mut state = vcpu.state()?;
+                entry.apply(&mut state);
+                vcpu.set_state(&state)?;
+            }
+            Ok::<(), EngineError>(())
+        });
+        answers.into_iter().collect::<Result<(), _>>()?;
+        Ok(())
+    }
+
+    /// Start over, as after a press of the reset button. The machine is paused before and after.
+    ///
+    /// # Errors
+    /// As [`Machine::build`].
+    pub fn reset(&self) -> Result<(), VmmError> {
+        self.vcpus.pause();
+        self.pc.reset();
+        self.power_on()
+    }
+
+    /// Let the vCPUs run.
+    pub fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Stop the vCPUs and wait until they have stopped.
+    pub fn pause(&self) {
+        self.vcpus.pause();
+    }
+
+    /// Press the power button.
+    pub fn power_button(&self) {
+        self.pc.power_button();
+    }
+
+    /// Where the serial port leads, for messages: the pseudo-terminal's name.
+    pub fn pty(&self) -> Option<&Path> {
+        self.serial.pty.as_deref()
+    }
+
+    fn load_kernel(&self) -> Result<Entry, VmmError> {
+        let boot = &self.config.boot;
+        let mut kernel = open_file("--kernel", &boot.kernel)?;
+        let mut initrd = boot.initrd.as_deref().map(|p| open_file("--initrd", p)).transpose()?;
+        let modules =
+            initrd.iter_mut().map(|f| Module { file: f as &mut dyn ImageFile, cmdline: String::new() });
+        let id = Identity {
+            cpu: &self.cpus,
+            tsc_khz: self.tsc_khz,
+            uuid: self.uuid,
+            version: env!("CARGO_PKG_VERSION"),
+            serial: "",
+        };
+        match self.pc.boot_kernel(&id, &mut kernel, modules.collect(), &boot.cmdline) {
+            Ok(loaded) => Ok(loaded.entry),
+            Err(PcError::Boot(e)) => {
+                let initrd =
+                    boot.initrd.as_deref().map_or(String::new(), |i| format!(" with {}", i.display()));
+                Err(VmmError::Boot(format!("{}{initrd}: {e}", boot.kernel.display())))
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// A random UUID (RFC 9562 section 5.4).
+fn random_uuid() -> std::io::Result<[u8; 16]> {
+    let mut uuid = [0; 16];
+    std::io::Read::read_exact(&mut File::open("/dev/urandom")?, &mut uuid)?;
+    uuid[6] = uuid[6] & 0x0f | 0x40;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    Ok(uuid)
+}
+
+/// APIC IDs of all vCPUs, the boot processor's first.
+fn apic_ids(cpus: &CpuBuilder) -> impl Iterator<Item = u32> {
+    let topology = cpus.topology();
+    (0..topology.cpus()).map(move |n| topology.apic_id(n))
+}
+
+fn open_engine(accel: Accel, say: &mut dyn FnMut(&str)) -> Result<Box<dyn Hypervisor>, VmmError> {
+    if accel == Accel::Kvm {
+        return Err(VmmError::Accel(
+            "this version runs guests on the software engine only; give soft or auto".into(),
+        ));
+    }
+    let engine = ringfort_engine_soft::vcpu::open().map_err(|e| VmmError::Accel(e.to_string()))?;
+    if accel == Accel::Auto {
+        say("engine: soft (this version has no KVM engine)");
+    }
+    Ok(Box::new(engine))
+}
+
+fn describe_cpus(
+    config: &VmConfig,
+    engine: &dyn Hypervisor,
+    say: &mut dyn FnMut(&str),
+) -> Result<CpuBuilder, VmmError> {
+    let spec: CpuSpec = config.cpu.parse().map_err(|e: SpecError| VmmError::Cpu(e.to_string()))?;
+    let offered = engine.capabilities();
+    let leaves = HypervisorLeaves {
+        features: ringfort_engine_soft::vcpu::paravirt_features(),
+        hints: 0,
+        tsc_khz: offered.tsc_khz,
+        apic_khz: 0,
+    };
+    let (cpus, dropped) = CpuBuilder::new(&spec, &offered.cpuid, Topology::flat(config.cpus), leaves);
+    if !dropped.requested.is_empty() {
+        return Err(VmmError::Cpu(format!(
+            "not to be had here: {}; leave them out (`ringfort doctor` lists what this host has)",
+            dropped.requested.join(", ")
+        )));
+    }
+    if !dropped.of_model.is_empty() {
+        say(&format!("CPU model {}: without {}", config.cpu, dropped.of_model.join(", ")));
+    }
+    Ok(cpus)
+}
+
+fn open_file(option: &str, path: &Path) -> Result<File, VmmError> {
+    let fail = |e: &dyn std::fmt::Display| VmmError::Boot(format!("{option} {}: {e}", path.display()));
+    let file = File::open(path).map_err(|e| fail(&e))?;
+    if file.metadata().map_err(|e| fail(&e))?.is_dir() {
+        return Err(fail(&"is a directory; name a file"));
+    }
+    Ok(file)
+}
+
+fn open_disk(disk: &Disk, cpus: u32) -> Result<Blk, String> {
+    let options = ImageOptions {
+        format: disk.format.map(|DiskFormat::Raw| Format::Raw),
+        read_only: disk.readonly || disk.snapshot,
+        direct: false,
+        lock: true,
+    };
+    let mut backend: Arc<dyn BlockBackend> = open_image(&disk.path, &options).map_err(|e| e.to_string())?;
+    if disk.snapshot {
+        let dir = std::env::temp_dir();
+        backend = Arc::new(Overlay::new(backend, &dir).map_err(|e| e.to_string())?);
+    }
+    let options = BlkOptions {
+        queues: disk.queues.unwrap_or(cpus.min(DEFAULT_QUEUES) as u16),
+        serial: disk.serial.clone().unwrap_or_default(),
+        ..BlkOptions::default()
+    };
+    Blk::new(backend, &options)
+}
+
+fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Result<(), VmmError> {
+    let made = pc.add_pci(None, |msi: Arc<dyn MsiSink>, line: Arc<dyn IrqLine>| {
+        let function = VirtioPci::new(device, ram.clone(), msi, line);
+        let function: Arc<dyn PciFunction> =
+            Arc::new(function.map_err(|e| VmmError::Machine(e.to_string()))?);
+        Ok::<_, VmmError>(function)
+    });
+    made.map(drop)
+}
+
+impl From<PcError> for VmmError {
+    fn from(e: PcError) -> VmmError {
+        VmmError::Machine(e.to_string())
+    }
+}
+
+/// The serial port's way out.
+struct ToOutput(Arc<Output>);
+
+impl SerialSink for ToOutput {
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        self.0.write(bytes)
+    }
+}
+
+/// The serial port's way in.
+struct FromInput(Weak<Mutex<Serial>>);
+
+impl Input for FromInput {
+    fn receive(&self, bytes: &[u8]) -> usize {
+        // Without a port nobody waits for what is typed.
+        self.0.upgrade().map_or(bytes.len(), |port| lock(&port).receive(bytes))
+    }
+}
+
+/// Connect the first serial port and its other end, both ways.
+fn join_serial(
+    pc: &Pc,
+    serial: &mut Chardev,
+    room: &OnceLock<Arc<dyn Fn() + Send + Sync>>,
+) -> std::io::Result<()> {
+    let Some(port): Option<&Shared<Serial>> = pc.serial().first() else { return Ok(()) };
+    let weak = Arc::downgrade(port);
+    let ready = weak.clone();
+    serial.output().when_writable(Arc::new(move || {
+        if let Some(port) = ready.upgrade() {
+            lock(&port).transmit_ready();
+        }
+    }));
+    serial.connect(Arc::new(FromInput(weak)))?;
+    // Set once, here.
+    let _ = room.set(serial.unblock());
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! A machine in the foreground: the main loop.
+
+use crate::chardev::{Chardev, Command};
+use crate::config::{Serial, VmConfig};
+use crate::error::VmmError;
+use crate::machine::Machine;
+use crate::vcpus::VcpuEvent;
+use ringfort_base::signals::SignalFd;
+use ringfort_base::{EventLoop, Handle, Interest, RawTerminal};
+use ringfort_devices::power::{PowerEvent, PowerSink};
+use std::io;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+
+/// How a machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The guest powered off.
+    PowerOff,
+    /// The user or a signal ended it.
+    Quit,
+    /// The guest reset and was not to be booted again.
+    Reset,
+    /// The guest's kernel panicked.
+    Panicked,
+    /// The guest wrote to the debug-exit device; the exit status.
+    DebugExit(u8),
+}
+
+/// What the main loop hears of.
+enum Event {
+    Power(PowerEvent),
+    Command(Command),
+    Vcpu(VcpuEvent),
+    Signal,
+}
+
+/// Post events to the main loop, from any thread.
+#[derive(Clone)]
+struct Post {
+    events: Sender<Event>,
+    wake: Handle,
+}
+
+impl Post {
+    fn send(&self, event: Event) {
+        // The loop is gone only when the machine is.
+        let _ = self.events.send(event);
+        self.wake.wake();
+    }
+}
+
+/// A [`Post`] for places that want `Sync`.
+struct Shared(Mutex<Post>);
+
+impl PowerSink for Shared {
+    fn event(&self, event: PowerEvent) {
+        ringfort_bus::lock(&self.0).send(Event::Power(event));
+    }
+}
+
+/// Build the machine, run it to its end. `say` gets one-line remarks before the guest starts.
+///
+/// # Errors
+/// [`VmmError`].
+pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmError> {
+    config.validate(ringfort_base::host::memory().total)?;
+    let host = |what: &'static str| move |source: io::Error| VmmError::Host { what, source };
+    // Before any thread starts, so that all inherit the mask.
+    let signals =
+        SignalFd::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP]).map_err(host("taking signals"))?;
+    let mut main = EventLoop::new().map_err(host("making the main loop"))?;
+    let (events, queue) = channel();
+    let post = Post { events, wake: main.handle() };
+
+    let from_keys = post.clone();
+    let on_command = Box::new(move |c| from_keys.send(Event::Command(c)));
+    let serial = Chardev::open(&config.serial, on_command).map_err(VmmError::Serial)?;
+    let from_vcpus = Shared(Mutex::new(post.clone()));
+    let report = move |_, e| ringfort_bus::lock(&from_vcpus.0).send(Event::Vcpu(e));
+    let power = Arc::new(Shared(Mutex::new(post.clone())));
+    let machine = Machine::build(config, serial, power, report, say)?;
+    if let Some(pty) = machine.pty() {
+        say(&format!("serial port: {}", pty.display()));
+    }
+    let signals = &signals;
+    main.add(signals, Interest::READ, move |_, _| {
+        while let Ok(Some(_)) = signals.next() {
+            post.send(Event::Signal);
+        }
+    })
+    .map_err(host("taking signals"))?;
+
+    let _raw = match config.serial {
+        Serial::Stdio => RawTerminal::enter(&io::stdin()).map_err(host("setting up the terminal"))?,
+        _ => None,
+    };
+    machine.resume();
+    loop {
+        main.turn(None).map_err(host("waiting for events"))?;
+        while let Ok(event) = queue.try_recv() {
+            match next(config, event) {
+                Next::GoOn => {}
+                Next::End(outcome) => {
+                    machine.pause();
+                    return Ok(outcome);
+                }
+                Next::Fail(e) => {
+                    machine.pause();
+                    return Err(e);
+                }
+                Next::PowerButton => machine.power_button(),
+                Next::Reset => {
+                    machine.pause();
+                    // What the old guest still had under way must not reset the new one.
+                    while queue.try_recv().is_ok() {}
+                    machine.reset()?;
+                    machine.resume();
+                }
+            }
+        }
+    }
+}
+
+enum Next {
+    GoOn,
+    End(Outcome),
+    Fail(VmmError),
+    PowerButton,
+    Reset,
+}
+
+fn next(config: &VmConfig, event: Event) -> Next {
+    let reset = if config.no_reboot { Next::End(Outcome::Reset) } else { Next::Reset };
+    match event {
+        Event::Power(PowerEvent::PowerOff) => Next::End(Outcome::PowerOff),
+        Event::Power(PowerEvent::Reset) => reset,
+        Event::Power(PowerEvent::Panicked) => Next::End(Outcome::Panicked),
+        Event::Power(PowerEvent::DebugExit(status)) => Next::End(Outcome::DebugExit(status as u8)),
+        Event::Power(PowerEvent::Suspend | PowerEvent::CrashLoaded | PowerEvent::ShuttingDown) => Next::GoOn,
+        Event::Command(Command::Quit) | Event::Signal => Next::End(Outcome::Quit),
+        Event::Command(Command::PowerButton) => Next::PowerButton,
+        // Asked for by the user, not by the guest: it boots again in any case.
+        Event::Command(Command::Reset) => Next::Reset,
+        Event::Vcpu(VcpuEvent::Shutdown) => reset,
+        Event::Vcpu(VcpuEvent::Debug) => Next::GoOn,
+        Event::Vcpu(VcpuEvent::Failed(e)) => Next::Fail(e.into()),
+    }
+}
