@@ -35,10 +35,12 @@ pub struct Machine {
     cpus: CpuBuilder,
     tsc_khz: u32,
     uuid: [u8; 16],
+    clock: Arc<MachineClock>,
     pc: Arc<Pc>,
     /// Keeps the VM: the machine holds it weakly.
     _vm: Arc<dyn Vm>,
     vcpus: Vcpus,
+    virtio: Vec<Arc<VirtioPci>>,
     /// Dropped after the vCPUs, so that what the guest said last is written.
     serial: Chardev,
     _timers: TimerService,
@@ -74,7 +76,7 @@ impl Machine {
         let config_of_pc = PcConfig {
             layout,
             memory: memory.clone(),
-            clock,
+            clock: clock.clone(),
             power,
             serial: vec![SerialPort {
                 sink: Box::new(ToOutput(serial.output())),
@@ -90,13 +92,14 @@ impl Machine {
         join_serial(&pc, &mut serial, &room).map_err(VmmError::Serial)?;
 
         let ram = Arc::new(RamMap::new(&memory));
+        let mut virtio = Vec::new();
         for disk in &config.disks {
             let device = open_disk(disk, config.cpus).map_err(VmmError::Disk)?;
-            add_virtio(&pc, &ram, Arc::new(device))?;
+            virtio.push(add_virtio(&pc, &ram, Arc::new(device))?);
         }
-        add_virtio(&pc, &ram, Arc::new(Rng::new()))?;
+        virtio.push(add_virtio(&pc, &ram, Arc::new(Rng::new()))?);
         let balloon = Balloon::new(BalloonOptions::default(), Arc::new(HostRelease::new(ram.clone())));
-        add_virtio(&pc, &ram, Arc::new(balloon))?;
+        virtio.push(add_virtio(&pc, &ram, Arc::new(balloon))?);
 
         let vm = engine.create_vm(memory.clone(), pc.clone())?;
         pc.connect(vm.clone());
@@ -109,9 +112,11 @@ impl Machine {
             cpus,
             tsc_khz: engine.capabilities().tsc_khz,
             uuid: random_uuid().map_err(host("reading random bytes"))?,
+            clock,
             pc,
             _vm: vm,
             vcpus,
+            virtio,
             serial,
             _timers: timers,
         };
@@ -140,19 +145,27 @@ impl Machine {
     /// # Errors
     /// As [`Machine::build`].
     pub fn reset(&self) -> Result<(), VmmError> {
-        self.vcpus.pause();
+        self.pause();
         self.pc.reset();
         self.power_on()
     }
 
-    /// Let the vCPUs run.
+    /// Let vCPUs and devices run.
     pub fn resume(&self) {
+        for v in &self.virtio {
+            v.core().resume();
+        }
+        self.clock.resume();
         self.vcpus.resume();
     }
 
-    /// Stop the vCPUs and wait until they have stopped.
+    /// Stop vCPUs and devices, and wait until they have stopped: nothing touches guest memory from then on.
     pub fn pause(&self) {
         self.vcpus.pause();
+        self.clock.pause();
+        for v in &self.virtio {
+            v.core().pause();
+        }
     }
 
     /// Press the power button.
@@ -262,8 +275,7 @@ fn open_disk(disk: &Disk, cpus: u32) -> Result<Blk, String> {
     };
     let mut backend: Arc<dyn BlockBackend> = open_image(&disk.path, &options).map_err(|e| e.to_string())?;
     if disk.snapshot {
-        let dir = std::env::temp_dir();
-        backend = Arc::new(Overlay::new(backend, &dir).map_err(|e| e.to_string())?);
+        backend = Arc::new(Overlay::new(backend, &Overlay::default_dir()).map_err(|e| e.to_string())?);
     }
     let options = BlkOptions {
         queues: disk.queues.unwrap_or(cpus.min(DEFAULT_QUEUES) as u16),
@@ -273,14 +285,16 @@ fn open_disk(disk: &Disk, cpus: u32) -> Result<Blk, String> {
     Blk::new(backend, &options)
 }
 
-fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Result<(), VmmError> {
-    let made = pc.add_pci(None, |msi: Arc<dyn MsiSink>, line: Arc<dyn IrqLine>| {
-        let function = VirtioPci::new(device, ram.clone(), msi, line);
-        let function: Arc<dyn PciFunction> =
-            Arc::new(function.map_err(|e| VmmError::Machine(e.to_string()))?);
-        Ok::<_, VmmError>(function)
-    });
-    made.map(drop)
+fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Result<Arc<VirtioPci>, VmmError> {
+    let mut made = None;
+    pc.add_pci(None, |msi: Arc<dyn MsiSink>, line: Arc<dyn IrqLine>| {
+        let function =
+            VirtioPci::new(device, ram.clone(), msi, line).map_err(|e| VmmError::Machine(e.to_string()))?;
+        let function = Arc::new(function);
+        made = Some(function.clone());
+        Ok::<Arc<dyn PciFunction>, VmmError>(function)
+    })?;
+    made.ok_or_else(|| VmmError::Machine("a device was not placed".into()))
 }
 
 impl From<PcError> for VmmError {
