@@ -796,3 +796,95 @@ fn paravirtual_msrs_need_their_cpuid_bits() {
     assert!(c.paravirt_msrs().is_empty());
     assert!(c.apic_read_msr(msr::STAR).is_none());
 }
+
+#[test]
+fn whatever_the_guest_does_nothing_breaks() {
+    let mut rng = fastrand::Rng::with_seed(0x1a91c);
+    for _ in 0..20 {
+        let mut vm = vm(&[0, 1, 17]);
+        let mut saved: Option<(Vec<u8>, u64)> = None;
+        for _ in 0..4000 {
+            let n = rng.usize(0..3);
+            let value = match rng.u8(0..4) {
+                0 => rng.u64(..),
+                1 => rng.u64(..) >> rng.u32(0..64),
+                2 => u64::MAX << rng.u32(0..64),
+                _ => u64::from(rng.u8(..)) << rng.u32(0..32) & 0xffff_ffff,
+            };
+            let c = &mut vm.cpus[n];
+            match rng.u8(0..12) {
+                0..3 => {
+                    c.apic_mmio_write(
+                        c.local.page.wrapping_add(rng.u64(0..0x1000) & !3),
+                        &value.to_le_bytes()[..4],
+                    );
+                }
+                3 => {
+                    let mut b = [0; 8];
+                    let len = 1 << rng.u32(0..4);
+                    c.apic_mmio_read(c.local.page.wrapping_add(rng.u64(0..0x1000)), &mut b[..len]);
+                }
+                4..6 => {
+                    let _ = c.apic_write_msr(0x800 + rng.u32(0..0x100), value);
+                }
+                6 => {
+                    let all = [
+                        msr::IA32_APIC_BASE,
+                        msr::IA32_TSC_DEADLINE,
+                        msr::IA32_TSC,
+                        msr::IA32_TSC_ADJUST,
+                        msr::KVM_SYSTEM_TIME_NEW,
+                        msr::KVM_WALL_CLOCK,
+                        msr::KVM_PV_EOI_EN,
+                        msr::KVM_POLL_CONTROL,
+                    ];
+                    let m = all[rng.usize(0..all.len())];
+                    // Mostly bases that exist.
+                    let v = if m == msr::IA32_APIC_BASE { value & 0xd00 | PAGE } else { value };
+                    let _ = c.apic_write_msr(m, v);
+                    let _ = c.apic_read_msr(m);
+                    c.apic_read_msr(0x800 + rng.u32(0..0x100));
+                }
+                7 => {
+                    c.check_timer();
+                    if let Some(v) = c.takes() {
+                        assert!(v >= 16);
+                    }
+                }
+                8 => {
+                    c.code_size =
+                        [crate::cpu::CodeSize::Bits32, crate::cpu::CodeSize::Bits64][rng.usize(0..2)];
+                    for r in [0, 1, 2, 3, 6] {
+                        c.regs[r] = value.rotate_left(r as u32 * 13);
+                    }
+                    c.regs[0] = rng.u64(0..16);
+                    c.hypercall();
+                }
+                9 => {
+                    let base = c.env.me.lapic.base();
+                    if let Some((page, base)) = &saved {
+                        let mut page = page.clone();
+                        page[rng.usize(0..1024)] = value as u8;
+                        let _ = c.load_apic(&page, *base);
+                    }
+                    saved = Some((c.save_apic(), base));
+                }
+                10 => vm.shared.set_extint(rng.bool()),
+                _ => {
+                    if let Some(m) =
+                        Message::from_msi(PAGE | value & 0xf_ffff | value & !0xffff_ffff, rng.u32(..))
+                    {
+                        vm.shared.deliver(&m, None);
+                    }
+                }
+            }
+        }
+        for c in &mut vm.cpus {
+            // What is in IRR and ISR are real vectors, and reset brings everything back.
+            let words = (c.env.me.lapic.get(reg::IRR), c.env.me.lapic.get(reg::ISR));
+            assert_eq!((words.0 & 0xffff, words.1 & 0xffff), (0, 0));
+            c.apic_reset(false);
+            assert_eq!((c.read(reg::SVR), c.read(reg::PPR), c.timer_wait()), (0xff, 0, None));
+        }
+    }
+}

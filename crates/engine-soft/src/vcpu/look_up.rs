@@ -136,7 +136,9 @@ impl Cpu {
         if near || self.polls() {
             let window = if near { WAKE_UP } else { Duration::from_nanos(self.local.poll_ns.into()) };
             let window = timeout.map_or(window, |t| t.min(window)).as_nanos() as u64;
-            while self.env.me.requests.load(Ordering::SeqCst) == 0 && clock.ns(clock.now() - start) < window {
+            while self.env.me.requests.load(Ordering::SeqCst) == 0
+                && clock.ns(clock.now().saturating_sub(start)) < window
+            {
                 std::hint::spin_loop();
             }
         }
@@ -150,7 +152,7 @@ impl Cpu {
             self.leave_sleep(epoch);
         }
         self.check_timer();
-        self.adapt_polling(clock.ns(clock.now() - start));
+        self.adapt_polling(clock.ns(clock.now().saturating_sub(start)));
     }
 
     /// Whether watching is allowed: the guest has not asked to do without, and no other vCPU waits for a host CPU.
