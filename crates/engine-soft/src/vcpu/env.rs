@@ -117,6 +117,10 @@ pub struct Counters {
     pub sleeps: AtomicU64,
     /// Runs ended by a kick.
     pub kicks: AtomicU64,
+    /// Port reads and writes.
+    pub port: AtomicU64,
+    /// MMIO loads and stores, the local APIC's page not counted.
+    pub mmio: AtomicU64,
 }
 
 /// What the vCPUs of one VM share.

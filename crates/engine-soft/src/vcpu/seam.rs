@@ -86,7 +86,8 @@ impl Vm for SoftVm {
         let me = Arc::new(VcpuShared::new(apic_id));
         // Not running yet: nobody waits for it.
         me.asleep.store(true, Ordering::SeqCst);
-        let env = Env { bus: self.bus.clone(), vm: self.shared.clone(), me: me.clone() };
+        let bus = Arc::new(CountingBus { bus: self.bus.clone(), me: me.clone() });
+        let env = Env { bus, vm: self.shared.clone(), me: me.clone() };
         let mut cpu = Cpu::new(self.ram.clone(), cpuid, env);
         cpu.activity = at_reset(apic_id);
         let epoch = cpu.enter_sleep();
@@ -142,12 +143,45 @@ impl Vm for SoftVm {
                 ("interrupts", &c.interrupts),
                 ("sleeps", &c.sleeps),
                 ("kicks", &c.kicks),
+                ("port-accesses", &c.port),
+                ("mmio-accesses", &c.mmio),
             ];
             out.extend(
                 named.map(|(name, n)| (format!("vcpu{}.{name}", v.apic_id), n.load(Ordering::Relaxed))),
             );
         }
         out
+    }
+}
+
+/// The machine's bus as one vCPU uses it: counts.
+struct CountingBus {
+    bus: Arc<dyn MachineBus>,
+    me: Arc<VcpuShared>,
+}
+
+impl MachineBus for CountingBus {
+    fn pio_read(&self, port: u16, data: &mut [u8]) {
+        self.me.counters.port.fetch_add(1, Ordering::Relaxed);
+        self.bus.pio_read(port, data);
+    }
+    fn pio_write(&self, port: u16, data: &[u8]) {
+        self.me.counters.port.fetch_add(1, Ordering::Relaxed);
+        self.bus.pio_write(port, data);
+    }
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.me.counters.mmio.fetch_add(1, Ordering::Relaxed);
+        self.bus.mmio_read(address, data);
+    }
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.me.counters.mmio.fetch_add(1, Ordering::Relaxed);
+        self.bus.mmio_write(address, data);
+    }
+    fn extint_vector(&self) -> u8 {
+        self.bus.extint_vector()
+    }
+    fn ioapic_eoi(&self, vector: u8) {
+        self.bus.ioapic_eoi(vector);
     }
 }
 
