@@ -65,6 +65,7 @@ impl Cpu {
                     l.edx &= !(1 << 9);
                 }
             }
+            0x8000_0001 if self.amd && !self.apic_enabled() => l.edx &= !(1 << 9),
             7 if index == 0 => {
                 l.ecx = l.ecx & !(1 << 4) | u32::from(self.cr4 & CR4_PKE != 0) << 4;
             }

@@ -125,7 +125,8 @@ impl Cpu {
             IA32_ARCH_CAPABILITIES if self.declares(7, 3, 29) => self.stored(n, 0),
             IA32_XSS if self.cpuid.find(0xd, 1).is_some_and(|l| l.eax & 8 != 0) => 0,
             IA32_BIOS_SIGN_ID => self.stored(n, self.microcode()),
-            AMD_HWCR if self.amd => self.stored(n, 0),
+            // TscFreqSel: the TSC counts at the P0 frequency.
+            AMD_HWCR if self.amd => self.stored(n, 1 << 24),
             AMD_DE_CFG if self.amd => self.stored(n, 0),
             AMD_VIRT_SPEC_CTRL if self.declares(0x8000_0008, 1, 25) => self.stored(n, 0),
             AMD_SYSCFG | AMD_TSEG_ADDR | AMD_TSEG_MASK | AMD_HSAVE | AMD_NB_CFG | AMD_PATCH_LOADER

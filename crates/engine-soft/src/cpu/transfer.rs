@@ -312,6 +312,10 @@ impl Cpu {
     /// # Errors
     /// #GP, #NP, #SS, #TS, #PF.
     pub fn iret(&mut self, op: &Op, size: usize) -> Result<(), Trap> {
+        if !self.amd {
+            // On Intel also an IRET that faults unblocks NMIs (Intel SDM 3C section 28.2.3).
+            self.nmi_blocked = false;
+        }
         if !self.protected() {
             return self.iret_real(size);
         }

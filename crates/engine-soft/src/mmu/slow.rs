@@ -341,15 +341,9 @@ impl Cpu {
         }
     }
 
-    /// Access mode of implicit supervisor accesses: SMAP applies to them whatever AC says at CPL 3 (Intel SDM 3A section 4.6.1).
+    /// Access mode of implicit supervisor accesses: SMAP applies to them whatever AC says (Intel SDM 3A section 4.6.1).
     pub(crate) fn system_mode(&self) -> usize {
-        if self.cpl == 3 && self.cr4 & CR4_SMAP != 0 {
-            mode::SUPERVISOR
-        } else if self.cpl == 3 {
-            mode::SUPERVISOR_USER
-        } else {
-            self.mmu.access_mode
-        }
+        if self.cr4 & CR4_SMAP != 0 { mode::SUPERVISOR } else { mode::SUPERVISOR_USER }
     }
 
     /// Bring `lin`'s page into the TLB for a run of accesses, or fault.
@@ -361,6 +355,11 @@ impl Cpu {
     #[inline]
     pub fn update_mmu_mode(&mut self) {
         let m = self.mode_at(self.cpl);
+        // Alignment checks are made on the slow path only.
+        let checked = self.cpl == 3 && self.sys_flags & AC != 0 && self.cr0 & CR0_AM != 0;
+        if checked != self.mmu.bypassed() {
+            self.mmu.bypass(checked);
+        }
         if m != self.mmu.access_mode {
             self.mmu.set_access_mode(m);
         }

@@ -110,6 +110,8 @@ pub struct Mmu {
     pub misses: u64,
     next_epoch: u64,
     clock: u64,
+    /// While every access must take the slow path: a set of entries that match nothing.
+    nothing: Option<Box<[TlbEntry; TLB_ENTRIES]>>,
 }
 
 // SAFETY: `tlb` points into `slots`, which the Mmu owns; whoever owns the Mmu owns both.
@@ -130,6 +132,7 @@ impl Mmu {
             misses: 0,
             next_epoch: 0,
             clock: 0,
+            nothing: None,
         };
         m.flush_all();
         m.switch(0, false);
@@ -236,9 +239,24 @@ impl Mmu {
         self.select();
     }
 
+    /// Whether [`Mmu::bypass`] is on.
+    #[inline]
+    pub fn bypassed(&self) -> bool {
+        self.nothing.is_some()
+    }
+
+    /// Send every ordinary load and store by the slow path, or no longer.
+    pub fn bypass(&mut self, on: bool) {
+        self.nothing = on.then(|| Box::new([EMPTY; TLB_ENTRIES]));
+        self.select();
+    }
+
     fn select(&mut self) {
         let s = &mut self.slots[self.slot];
-        self.tlb = s.sets[self.access_mode].entries.as_mut_ptr();
+        self.tlb = match &mut self.nothing {
+            Some(none) => none.as_mut_ptr(),
+            None => s.sets[self.access_mode].entries.as_mut_ptr(),
+        };
         self.context = s.epoch << 2 | self.access_mode as u64;
     }
 

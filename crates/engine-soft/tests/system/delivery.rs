@@ -4,7 +4,7 @@ use crate::support::{End, Guest, HANDLERS};
 use iced_x86::code_asm::*;
 use ringfort_engine_soft::cpu::{InterruptKind, gpr};
 use ringfort_engine_soft::testing::{TestMode, layout, selector};
-use ringfort_x86::flags::{AC, IF, NT, RF, TF};
+use ringfort_x86::flags::{AC, IF, NT, RF};
 use ringfort_x86::segment::{CS, SS};
 
 #[test]
@@ -173,7 +173,7 @@ fn external_interrupts_set_ext_and_nmis_block_nmis() {
 #[test]
 fn real_mode_uses_the_vector_table() {
     let mut g = Guest::new(TestMode::Real);
-    g.cpu().set_rflags_raw(IF | TF & 0);
+    g.cpu().set_rflags_raw(IF);
     let v = g.vector_of(|a| a.int(0x21).unwrap());
     assert_eq!(v, 0x21);
     assert_eq!(g.stack(0), 2);
@@ -257,4 +257,45 @@ fn into_and_bound_raise_where_they_should() {
             assert_eq!(g.stack(0), layout::CODE + 5, "a fault");
         }
     }
+}
+
+#[test]
+fn alignment_is_checked_at_level_3_with_ac_and_am() {
+    let mut g = Guest::new(TestMode::Long64);
+    g.tss64(0x9_0000, [0; 3]);
+    let mut ends = |cr0_bits: u64, flags: u64, user: bool| {
+        g.m.set_mode(TestMode::Long64);
+        g.cpu().cr0 |= cr0_bits;
+        if user {
+            g.m.set_user();
+        }
+        g.cpu().set_rflags_raw(flags);
+        g.cpu().update_mmu_mode();
+        g.vector_of(|a| {
+            a.mov(rsi, layout::DATA).unwrap();
+            // The page is in the TLB from here on.
+            a.mov(rax, qword_ptr(rsi)).unwrap();
+            a.mov(al, byte_ptr(rsi + 1)).unwrap();
+            a.mov(dword_ptr(rsi + 2), eax).unwrap();
+            a.ud2().unwrap();
+        })
+    };
+    let am = ringfort_x86::cr::CR0_AM;
+    assert_eq!(ends(am, AC, true), 17);
+    assert_eq!(ends(0, AC, true), 6);
+    assert_eq!(ends(am, 0, true), 6);
+    assert_eq!(ends(am, AC, false), 6);
+    assert_eq!(ends(am, AC, true), 17);
+    assert_eq!(g.stack(0), 0);
+}
+
+#[test]
+fn stores_through_cs_are_refused() {
+    let mut g = Guest::new(TestMode::Protected32);
+    let v = g.vector_of(|a| {
+        a.mov(esi, layout::DATA as u32).unwrap();
+        a.mov(eax, dword_ptr(esi).cs()).unwrap();
+        a.mov(dword_ptr(esi).cs(), eax).unwrap();
+    });
+    assert_eq!((v, g.stack(0), g.stack(1)), (13, 0, layout::CODE + 5 + 3));
 }

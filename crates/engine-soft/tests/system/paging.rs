@@ -277,12 +277,12 @@ fn paged32(pae: bool) -> (Guest, u64) {
     g.m.fill(t, 0x6000, 0);
     let slot;
     if pae {
-        g.m.write(t, &(t + 0x1000 | P).to_le_bytes());
-        g.m.write(t + 8, &(t + 0x2000 | P).to_le_bytes());
+        g.m.write(t, &((t + 0x1000) | P).to_le_bytes());
+        g.m.write(t + 8, &((t + 0x2000) | P).to_le_bytes());
         for n in 0..8 {
             g.m.write(t + 0x1000 + n * 8, &(n << 21 | 0x80 | P | W | U).to_le_bytes());
         }
-        g.m.write(t + 0x2000, &(t + 0x3000 | P | W | U).to_le_bytes());
+        g.m.write(t + 0x2000, &((t + 0x3000) | P | W | U).to_le_bytes());
         slot = t + 0x3000;
         g.cpu().cr4 |= CR4_PAE;
         g.cpu().efer |= EFER_NXE;
@@ -402,7 +402,7 @@ fn pcids_keep_translations_apart() {
     let copy = g.m.read(pdpt, 0x1000);
     g.m.write(other + 0x1000, &copy);
     g.m.write(other + 0x1000 + 8, &(P | W | 1 << 7).to_le_bytes());
-    g.m.write(other, &(other + 0x1000 | 7).to_le_bytes());
+    g.m.write(other, &((other + 0x1000) | 7).to_le_bytes());
     g.m.write(layout::DATA, &[1]);
     g.m.write(0, &[2]);
     g.halts(|a| {

@@ -175,11 +175,7 @@ fn a_call_gate_copies_parameters_to_the_inner_stack() {
     let mut g = Guest::new(TestMode::Protected32);
     g.tss32(0x9_0000);
     // 32-bit call gate, DPL 3, two parameters, to 0x4_0000 in CODE32.
-    let gate = 0x4_0000u64 & 0xffff
-        | u64::from(selector::CODE32) << 16
-        | 2 << 32
-        | 0xec << 40
-        | (0x4_0000 >> 16) << 48;
+    let gate = u64::from(selector::CODE32) << 16 | 2 << 32 | 0xec << 40 | 4 << 48;
     g.descriptor(0x60, gate);
     g.code_at(32, 0x4_0000, |a| {
         a.mov(ebx, dword_ptr(esp + 8)).unwrap();
@@ -208,7 +204,7 @@ fn a_call_gate_copies_parameters_to_the_inner_stack() {
 fn a_64_bit_call_gate() {
     let mut g = Guest::new(TestMode::Long64);
     g.tss64(0x9_0000, [0; 3]);
-    let gate = 0x4_0000u64 & 0xffff | u64::from(selector::CODE64) << 16 | 0xec << 40 | (0x4_0000 >> 16) << 48;
+    let gate = u64::from(selector::CODE64) << 16 | 0xec << 40 | 4 << 48;
     g.descriptor(0x60, gate);
     g.descriptor(0x68, 0);
     g.code_at(64, 0x4_0000, |a| {
