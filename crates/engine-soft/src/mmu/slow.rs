@@ -61,11 +61,14 @@ impl Cpu {
         if len <= left {
             return Ok(Pieces { first: self.piece(lin, len, access, m)?, second: None });
         }
-        let first = self.piece(lin, left, access, m)?;
         let mut next = lin.wrapping_add(left as u64);
         if !self.long_mode() {
             next &= 0xffff_ffff;
+        } else if (next << 16) as i64 >> 16 != next as i64 {
+            // That the second part's address cannot be comes before any fault of the first page.
+            return Err(self.non_canonical());
         }
+        let first = self.piece(lin, left, access, m)?;
         let second = self.piece(next, len - left, access, m)?;
         Ok(Pieces { first, second: Some(second) })
     }

@@ -1,5 +1,5 @@
-//! Instructions that access memory by elements, each only if its mask says so: AVX2 gathers, VMASKMOV and VPMASKMOV, MASKMOVQ and
-//! MASKMOVDQU. What is masked off never faults.
+//! Instructions that access memory by elements, each only if its mask says so: AVX2 gathers, VMASKMOV and VPMASKMOV (where what is
+//! masked off never faults), MASKMOVQ and MASKMOVDQU.
 
 use crate::cpu::{Cpu, Int, Trap, gpr};
 use crate::decode::{Ctx, Exec, Flow, Handler, Op, op_flags};
@@ -116,6 +116,16 @@ fn masked_store<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(Flow::Next)
 }
 
+/// MASKMOVQ and MASKMOVDQU fault for the whole operand, as a store of it would (the manuals leave it open; AMD's CPUs do so).
+fn store_bytewise<const N: usize>(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Exec {
+    let lin = cpu.element(op, 0, N, Access::Write)?;
+    if cpu.probe(lin, N, true).is_none() {
+        cpu.probe_write(lin, N)?;
+    }
+    store_elements::<u8>(cpu, op, N, |n| mask[n] & 0x80 != 0, data)?;
+    Ok(Flow::Next)
+}
+
 fn maskmovdqu<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     if VEX {
         cpu.check_avx()?
@@ -124,8 +134,7 @@ fn maskmovdqu<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     }
     let data = cpu.vec.ymm[usize::from(op.src)];
     let mask = cpu.vec.ymm[usize::from(op.third)];
-    store_elements::<u8>(cpu, op, 16, |n| mask.0[n] & 0x80 != 0, &data.0)?;
-    Ok(Flow::Next)
+    store_bytewise::<16>(cpu, op, &data.0, &mask.0)
 }
 
 fn maskmovq(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -134,8 +143,7 @@ fn maskmovq(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.own_fpu();
     let data = mm(op.src).to_le_bytes();
     let mask = mm(op.third).to_le_bytes();
-    store_elements::<u8>(cpu, op, 8, |n| mask[n] & 0x80 != 0, &data)?;
-    Ok(Flow::Next)
+    store_bytewise::<8>(cpu, op, &data, &mask)
 }
 
 /// MMX register `n` of the guest, which owns the host's registers. Nothing may be pending.

@@ -465,14 +465,18 @@ fn masked_moves_touch_only_what_the_mask_says() {
     let f = m.run_code(&[0xc4, 0xe2, 0x69, 0x2e, 0x08]).expect_err("third element");
     assert_eq!((f.vector, f.address), (14, DATA + 0x1000));
     assert_eq!(m.read(DATA + 0xff8, 8), [0x99; 8], "all or none");
-    m.cpu.regs[RDI] = DATA + 0xff8;
+    m.cpu.regs[RDI] = DATA + 0xff0;
+    m.write(DATA + 0xff8, &[0x99; 8]);
     mask[11] = 0;
     set_xmm(&mut m, 2, mask);
     m.run_code(&[0x66, 0x0f, 0xf7, 0xca]).expect("maskmovdqu xmm1, xmm2");
-    assert_eq!(m.read(DATA + 0xff8, 8), [0x99, 0x99, 0x99, 0x77, 0x99, 0x99, 0x99, 0x77]);
+    assert_eq!(m.read(DATA + 0xff0, 8), [0, 0, 0, 0x77, 0, 0, 0, 0x77]);
+    m.cpu.regs[RDI] = DATA + 0xff1;
+    assert_eq!(m.run_code(&[0x66, 0x0f, 0xf7, 0xca]).expect_err("maskmovdqu, beyond its mask").vector, 14);
     // movq mm0, [rbx]; pcmpeqd mm1, mm1; maskmovq mm0, mm1
     m.cpu.regs[RBX] = DATA + 0x10;
     m.write(DATA + 0x10, &[8, 7, 6, 5, 4, 3, 2, 1]);
+    m.cpu.regs[RDI] = DATA + 0xff8;
     m.run_code(&[0x0f, 0x6f, 0x03, 0x0f, 0x76, 0xc9, 0x0f, 0xf7, 0xc1]).expect("maskmovq");
     assert_eq!(m.read(DATA + 0xff8, 8), [8, 7, 6, 5, 4, 3, 2, 1]);
 }
