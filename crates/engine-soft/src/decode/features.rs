@@ -168,7 +168,6 @@ mod tests {
         let evex: &[u8] = &[0x62, 0xf1, 0x7c, 0x48, 0x58, 0xc1];
         let endbr: &[u8] = &[0xf3, 0x0f, 0x1e, 0xfa];
         let rdssp: &[u8] = &[0xf3, 0x48, 0x0f, 0x1e, 0xc8];
-        let vmcall: &[u8] = &[0x0f, 0x01, 0xc1];
         let wrpkru: &[u8] = &[0x0f, 0x01, 0xef];
         assert!(all.allows(&decode(addps)) && !none.allows(&decode(addps)));
         for never in [evex, wrpkru] {
@@ -177,7 +176,6 @@ mod tests {
         for always in [endbr, rdssp, &[0x90], &[0x0f, 0x1f, 0xc0]] {
             assert!(none.allows(&decode(always)), "{always:x?}");
         }
-        let _ = vmcall;
     }
 
     #[test]

@@ -102,7 +102,8 @@ fn install_handler() -> io::Result<()> {
             // Before ours is in force, so that it never runs without knowing its predecessor.
             PREVIOUS.store(Box::into_raw(Box::new(old)), Ordering::Release);
             new.sa_sigaction = on_sigfpe as *const () as usize;
-            new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+            // On the thread's own stack: stubs run there, and an alternate one may be just large enough for the signal frame.
+            new.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART;
             libc::sigemptyset(&mut new.sa_mask);
             if libc::sigaction(libc::SIGFPE, &new, std::ptr::null_mut()) != 0 {
                 return Err(io::Error::last_os_error().raw_os_error().unwrap_or(0));

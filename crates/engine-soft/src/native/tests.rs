@@ -528,3 +528,94 @@ fn a_store_to_a_page_of_code_is_seen() {
     m.cpu.regs[RAX] = layout::CODE + 3;
     m.run_code(&code).expect("the undefined instructions were overwritten");
 }
+
+#[test]
+fn a_vcpu_moves_between_threads_and_faults_on_each() {
+    let setup = [0xdb, 0xe3, 0xd9, 0xeb, 0x0f, 0x57, 0xc0]; // fninit; fldpi; xorps xmm0, xmm0
+    let divps = [0x0f, 0x5e, 0xc0];
+    let threads: Vec<_> = (0..4)
+        .map(|n| {
+            let mut m = machine();
+            m.run_code(&setup).expect("setup");
+            m.cpu.fpu_save();
+            std::thread::spawn(move || {
+                // A thread that blocks all signals, as vCPU threads may.
+                // SAFETY: changes only this thread's mask.
+                unsafe {
+                    let mut all = std::mem::zeroed();
+                    libc::sigfillset(&mut all);
+                    libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
+                }
+                m.cpu.fpu_load();
+                m.cpu.vec.mxcsr = 0x1f00; // invalid operation unmasked
+                for _ in 0..200 {
+                    assert_eq!(m.run_code(&divps).expect_err("0/0").vector, 19);
+                    assert_eq!(m.cpu.vec.mxcsr & 0x3f, 1);
+                }
+                m.cpu.regs[RAX] = DATA + n * 8;
+                m.run_code(&[0xdd, 0x10]).expect("fst qword [rax]");
+                m.cpu.fpu_save();
+                m
+            })
+        })
+        .collect();
+    for (n, t) in threads.into_iter().enumerate() {
+        let mut m = t.join().expect("no panic");
+        assert_eq!(m.read(DATA + n as u64 * 8, 8), std::f64::consts::PI.to_le_bytes());
+        m.cpu.regs[RAX] = DATA;
+        m.run_code(&[0xdd, 0x18]).expect("fstp qword [rax], here again");
+        assert_eq!(m.read(DATA, 8), std::f64::consts::PI.to_le_bytes());
+    }
+}
+
+/// The area must hold every stub that a guest can cause to be made.
+#[test]
+fn all_stubs_fit_their_area() {
+    use iced_x86::{Code, EncodingKind, Instruction, OpKind};
+    use std::collections::BTreeMap;
+    // One sample of each encoding, by decoding what random bytes give; the bound below takes immediates and MMX registers into account.
+    let mut r = fastrand::Rng::with_seed(11);
+    let mut stubs: BTreeMap<(Code, bool), u64> = BTreeMap::new();
+    for _ in 0..1_500_000 {
+        let mut b = [0u8; 16];
+        r.fill(&mut b);
+        match r.u8(0..3) {
+            0 => {
+                b[0] = [0x66, 0xf2, 0xf3, 0x0f][r.usize(0..4)];
+                b[usize::from(b[0] != 0x0f)] = 0x0f;
+                let at = 1 + usize::from(b[0] != 0x0f);
+                b[at] = [b[at], 0x38, 0x3a, b[at]][r.usize(0..4)];
+            }
+            _ => {
+                b[0] = 0xc4;
+                b[1] = b[1] & 0xe0 | r.u8(1..4);
+            }
+        }
+        let i: Instruction = iced_x86::Decoder::new(64, &b, 0).decode();
+        let native = i.cpuid_features().iter().all(|&f| super::is_simd(f));
+        if !native || i.is_invalid() || !matches!(i.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
+            continue;
+        }
+        let ops = || (0..i.op_count()).map(|n| i.op_kind(n));
+        let memory = ops().any(|k| k == OpKind::Memory);
+        let mut each: u64 = 1;
+        for n in 0..i.op_count() {
+            each *= match i.op_kind(n) {
+                OpKind::Immediate8 | OpKind::Immediate8_2nd
+                    if i.op_count() > 2 && ops().any(|k| k == OpKind::Immediate8_2nd) =>
+                {
+                    64
+                }
+                OpKind::Immediate8 | OpKind::Immediate8_2nd => 256,
+                OpKind::Register if i.op_register(n).is_mm() => 8,
+                _ => 1,
+            };
+        }
+        stubs.insert((i.code(), memory), each);
+    }
+    let number: u64 = stubs.values().sum();
+    // The longest stub there is: an instruction of 15 bytes with four registers, all implicit operands, flags and MXCSR.
+    let longest = 3 + 4 * 9 + 8 + 10 + 8 + 7 + 15 + 14 + 11 + 4 * 9 + 8 + 4 + 3 + 3;
+    assert!(stubs.len() > 900, "only {} encodings were found", stubs.len());
+    assert!(number * (longest as u64).next_multiple_of(16) < 32 << 20, "{number} stubs");
+}
