@@ -2,6 +2,7 @@
 //!
 //! - [`stub`]: native code for one encoding, made at its first decoding and kept in the [`area`].
 //! - this module: the handlers that check, find the memory operand, and call a stub.
+//! - [`moves`]: moves of whole registers, without a stub.
 //! - [`x87`]: the guest's x87 and MMX state lives in the host's x87 registers while a vCPU runs on its thread.
 //! - [`state`]: FXSAVE and relatives; [`xsave`]: the XSAVE family.
 //! - [`masked`]: what accesses memory by elements: gathers and masked moves.
@@ -11,6 +12,7 @@
 
 mod area;
 mod masked;
+mod moves;
 mod state;
 mod stub;
 #[cfg(test)]
@@ -33,7 +35,8 @@ use stub::Stub;
 
 /// The handler for a SIMD, x87 or MMX instruction.
 pub fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
-    x87::lower(ctx)
+    moves::lower(ctx)
+        .or_else(|| x87::lower(ctx))
         .or_else(|| state::lower(ctx))
         .or_else(|| xsave::lower(ctx))
         .or_else(|| masked::lower(ctx))

@@ -250,7 +250,7 @@ fn state(r: &mut Rng, i: &Instruction, data: &mut [u8]) -> Context {
     if r.bool() {
         fcw = fcw & !0xf00 | r.u16(..) & 0xf00;
     }
-    let mut fsw = (r.u16(0..8) << 11) * r.u16(0..2) | r.u16(..) & 0x4700;
+    let mut fsw = ((r.u16(0..8) << 11) * r.u16(0..2)) | r.u16(..) & 0x4700;
     if r.u8(0..3) == 0 {
         fsw |= r.u16(..) & 0x7f;
     }
