@@ -67,7 +67,7 @@ impl Cpu {
             let error = selector_error(self.tr.selector, ext);
             return Err(self.ts(error));
         }
-        self.probe_write_system(self.wrap_linear(old_base + from), bytes as usize)?;
+        self.probe_write_system(self.wrap_linear(old_base.wrapping_add(from)), bytes as usize)?;
         let nests = matches!(cause, TaskCause::Call | TaskCause::Interrupt);
         if nests {
             self.probe_write_system(tss.base, 2)?;
@@ -156,7 +156,7 @@ impl Cpu {
             for s in &self.seg {
                 out.extend(u32::from(s.selector).to_le_bytes());
             }
-            self.store_bytes_as(self.wrap_linear(self.tr.base + 0x20), &out, m)
+            self.store_bytes_as(self.wrap_linear(self.tr.base.wrapping_add(0x20)), &out, m)
         } else {
             out.extend((eip as u16).to_le_bytes());
             out.extend((eflags as u16).to_le_bytes());
@@ -166,7 +166,7 @@ impl Cpu {
             for s in &self.seg[..4] {
                 out.extend(s.selector.to_le_bytes());
             }
-            self.store_bytes_as(self.wrap_linear(self.tr.base + 0x0e), &out, m)
+            self.store_bytes_as(self.wrap_linear(self.tr.base.wrapping_add(0x0e)), &out, m)
         }
     }
 

@@ -3,6 +3,7 @@
 mod control;
 mod debug;
 mod delivery;
+mod hostile;
 mod modes;
 mod paging;
 mod support;
