@@ -83,9 +83,9 @@ fn run<T: Int>(
     let Some((host, _)) = cpu.host_run(lin, access)? else { return Ok(None) };
     let down = cpu.sys_flags & DF != 0;
     let (page, room) = if down {
-        (at / size + 1, offset / size + 1)
+        (at / size + 1, (offset / size).saturating_add(1))
     } else {
-        ((0x1000 - at) / size, (mask - offset) / size + 1)
+        ((0x1000 - at) / size, ((mask - offset) / size).saturating_add(1))
     };
     let mut n = page.min(room).min(most);
     // The last element may not reach beyond the address size: then it is done alone, and wraps or faults as it should.

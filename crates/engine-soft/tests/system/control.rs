@@ -299,3 +299,17 @@ fn the_state_goes_out_and_in() {
     strip(&mut now);
     assert_eq!(now, s2);
 }
+
+#[test]
+fn strings_begin_at_linear_address_zero() {
+    let mut g = Guest::new(TestMode::Long64);
+    g.m.write(0, b"abc");
+    g.halts(|a| {
+        a.xor(esi, esi).unwrap();
+        a.mov(edi, layout::DATA as i32).unwrap();
+        a.mov(ecx, 3).unwrap();
+        a.rep().movsb().unwrap();
+        a.hlt().unwrap();
+    });
+    assert_eq!(g.m.read(layout::DATA, 3), b"abc");
+}
