@@ -74,7 +74,7 @@ impl Cpu {
     }
 
     /// #AC for a misaligned data access at CPL 3 with AC and AM.
-    fn check_alignment(&mut self, lin: u64, size: usize) -> Result<(), Trap> {
+    pub(crate) fn check_alignment(&mut self, lin: u64, size: usize) -> Result<(), Trap> {
         let armed = self.cpl == 3 && self.sys_flags & AC != 0 && self.cr0 & CR0_AM != 0;
         if armed && size.is_power_of_two() && lin & (size as u64 - 1) != 0 {
             return Err(self.raise(Vector::AlignmentCheck, 0));

@@ -21,6 +21,17 @@ impl Cpu {
         }
     }
 
+    /// Load one element: never an alignment check.
+    #[inline(always)]
+    fn load_element<T: Int>(&mut self, lin: u64) -> Result<T, Trap> {
+        if self.probe(lin, T::SIZE, false).is_some() {
+            return self.load(lin);
+        }
+        let mut v = [0; 8];
+        self.load_bytes(lin, &mut v[..T::SIZE])?;
+        Ok(T::from_u64(u64::from_le_bytes(v)))
+    }
+
     #[inline(always)]
     fn lane<T: Int>(&self, reg: usize, n: usize) -> T {
         let mut v = [0; 8];
@@ -51,7 +62,7 @@ fn gather<T: Int, I: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         }
         let distance = (cpu.lane::<I>(index, n).to_i64() as u64) << op.scale;
         let loaded = match cpu.element(op, distance, T::SIZE, Access::Read) {
-            Ok(lin) => cpu.load::<T>(lin),
+            Ok(lin) => cpu.load_element::<T>(lin),
             Err(t) => Err(t),
         };
         match loaded {
@@ -75,7 +86,7 @@ fn masked_load<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     for n in 0..op.aux as usize {
         if cpu.lane::<T>(mask, n).to_i64() < 0 {
             let lin = cpu.element(op, (n * T::SIZE) as u64, T::SIZE, Access::Read)?;
-            let v = cpu.load::<T>(lin)?;
+            let v = cpu.load_element::<T>(lin)?;
             out.0[n * T::SIZE..][..T::SIZE].copy_from_slice(&v.to_u64().to_le_bytes()[..T::SIZE]);
         }
     }
@@ -99,9 +110,12 @@ fn store_elements<T: Int>(
     }
     for n in (0..count).filter(|&n| on(n)) {
         let lin = cpu.element(op, (n * T::SIZE) as u64, T::SIZE, Access::Write)?;
-        let mut v = [0; 8];
-        v[..T::SIZE].copy_from_slice(&data[n * T::SIZE..][..T::SIZE]);
-        cpu.store(lin, T::from_u64(u64::from_le_bytes(v)))?;
+        let from = &data[n * T::SIZE..][..T::SIZE];
+        match cpu.probe(lin, T::SIZE, true) {
+            // SAFETY: a hit means that the bytes lie in one RAM page that may be written without notice.
+            Some(p) => unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), p, T::SIZE) },
+            None => cpu.store_bytes(lin, from)?,
+        }
     }
     Ok(())
 }
@@ -120,6 +134,7 @@ fn masked_store<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 fn store_bytewise<const N: usize>(cpu: &mut Cpu, op: &Op, data: &[u8], mask: &[u8]) -> Exec {
     let lin = cpu.element(op, 0, N, Access::Write)?;
     if cpu.probe(lin, N, true).is_none() {
+        cpu.check_alignment(lin, 8)?;
         cpu.probe_write(lin, N)?;
     }
     store_elements::<u8>(cpu, op, N, |n| mask[n] & 0x80 != 0, data)?;

@@ -183,6 +183,10 @@ fn operand_fault<const CLASS: u8>(cpu: &mut Cpu, t: Trap) -> Trap {
 #[inline(never)]
 fn indirect<const CLASS: u8, const MEM: u8>(cpu: &mut Cpu, op: &Op, lin: u64) -> Result<(), Trap> {
     let size = usize::from(op.memsize);
+    // 32-byte operands need no more alignment than 16-byte ones (so on AMD's CPUs).
+    if let Err(t) = cpu.check_alignment(lin, size.min(16)) {
+        return Err(operand_fault::<CLASS>(cpu, t));
+    }
     let mut buf = Scratch([0; 64]);
     let at = buf.0.as_mut_ptr();
     if MEM == LOAD {

@@ -31,6 +31,7 @@ fn load<const N: usize, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     match cpu.probe(lin, N, false) {
         Some(p) => set::<N, VEX>(&mut cpu.vec.ymm[dst], p),
         None => {
+            cpu.check_alignment(lin, N.min(16))?;
             let mut buf = [0; N];
             cpu.load_bytes(lin, &mut buf)?;
             set::<N, VEX>(&mut cpu.vec.ymm[dst], buf.as_ptr());
@@ -45,14 +46,13 @@ fn store<const N: usize, const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     if lin & u64::from(op.opsize) != 0 {
         return Err(cpu.gp(0));
     }
-    let from = &cpu.vec.ymm[usize::from(op.src & 15)].0;
+    let from = cpu.vec.ymm[usize::from(op.src & 15)].0;
     match cpu.probe(lin, N, true) {
         // SAFETY: a hit means that N bytes lie in one RAM page that may be written without notice.
         Some(p) => unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), p, N) },
         None => {
-            let mut buf = [0; N];
-            buf.copy_from_slice(&from[..N]);
-            cpu.store_bytes(lin, &buf)?;
+            cpu.check_alignment(lin, N.min(16))?;
+            cpu.store_bytes(lin, &from[..N])?;
         }
     }
     Ok(Flow::Next)

@@ -226,6 +226,10 @@ pub(super) fn after_pending(cpu: &mut Cpu, t: Trap) -> Trap {
 #[cold]
 #[inline(never)]
 fn indirect<const MEM: u8>(cpu: &mut Cpu, op: &Op, lin: u64, size: usize) -> Result<(), Trap> {
+    // 80-bit operands want the alignment of 64-bit ones (Intel SDM 3A table 6-7).
+    if let Err(t) = cpu.check_alignment(lin, size.min(8)) {
+        return Err(after_pending(cpu, t));
+    }
     let mut buf = Scratch([0; 64]);
     let at = buf.0.as_mut_ptr();
     if MEM == LOAD {

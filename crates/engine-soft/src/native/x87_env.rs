@@ -120,6 +120,7 @@ pub(super) fn fnstenv(cpu: &mut Cpu, op: &Op) -> Exec {
     let long = op.opsize == 4;
     let size = if long { ENV32 } else { ENV16 };
     let lin = cpu.linear(op, size, Access::Write)?;
+    cpu.check_alignment(lin, op.opsize.into())?;
     cpu.probe_write(lin, size)?;
     let mut host = Scratch([0; 64]);
     // SAFETY: stores 28 bytes to the buffer; never faults. It masks all exceptions, as the guest's shall be.
@@ -135,6 +136,7 @@ pub(super) fn fnsave(cpu: &mut Cpu, op: &Op) -> Exec {
     let long = op.opsize == 4;
     let size = REGS + if long { ENV32 } else { ENV16 };
     let lin = cpu.linear(op, size, Access::Write)?;
+    cpu.check_alignment(lin, op.opsize.into())?;
     cpu.probe_write(lin, size)?;
     let mut host = [0u8; ENV32 + REGS];
     // SAFETY: stores 108 bytes to the buffer and initialises the registers, which are the guest's; never faults.
@@ -153,6 +155,7 @@ pub(super) fn fldenv(cpu: &mut Cpu, op: &Op) -> Exec {
     let long = op.opsize == 4;
     let size = if long { ENV32 } else { ENV16 };
     let lin = cpu.linear(op, size, Access::Read)?;
+    cpu.check_alignment(lin, op.opsize.into())?;
     let mut data = [0; ENV32];
     cpu.load_bytes(lin, &mut data[..size])?;
     let e = Environment::read(long, cpu.real_segments(), &data);
@@ -167,6 +170,7 @@ pub(super) fn frstor(cpu: &mut Cpu, op: &Op) -> Exec {
     let long = op.opsize == 4;
     let env = if long { ENV32 } else { ENV16 };
     let lin = cpu.linear(op, env + REGS, Access::Read)?;
+    cpu.check_alignment(lin, op.opsize.into())?;
     let mut data = [0; ENV32 + REGS];
     cpu.load_bytes(lin, &mut data[..env + REGS])?;
     let e = Environment::read(long, cpu.real_segments(), &data);

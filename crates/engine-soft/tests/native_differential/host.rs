@@ -71,6 +71,7 @@ global_asm!(
     "mov [r15+{gpr}+72], r9", "mov [r15+{gpr}+80], r10", "mov [r15+{gpr}+88], r11", "mov [r15+{gpr}+96], r12",
     "mov [r15+{gpr}+104], r13", "mov [r15+{gpr}+112], r14",
     "pushfq", "pop qword ptr [r15 + {flags}]",
+    "pushfq", "and dword ptr [rsp], 0xfffbffff", "popfq", // RFLAGS.AC
     "stmxcsr [r15 + {mxcsr}]",
     "fxsave64 [r15 + {fx}]", "fninit",
     "vmovdqu [r15+{ymm}], ymm0", "vmovdqu [r15+{ymm}+32], ymm1", "vmovdqu [r15+{ymm}+64], ymm2",
@@ -139,7 +140,10 @@ impl Host {
         c.trap = 0;
         c.cr2 = 0;
         let mut bytes = instruction.to_vec();
-        bytes.extend([0xff, 0x25, 0, 0, 0, 0]); // jmp [rip]
+        // JMP [RIP+..]; the address is aligned, because alignment checks may be on.
+        bytes.extend([0xff, 0x25]);
+        bytes.extend((60 - bytes.len() as u32).to_le_bytes());
+        bytes.resize(64, 0xcc);
         bytes.extend((ringfort_test_host_exit as *const () as u64).to_le_bytes());
         // SAFETY: the code fits its page; it was filtered to SIMD and x87 instructions that touch only registers saved and
         // restored, and the data at its fixed place. Faults come back through the handler.
