@@ -313,3 +313,23 @@ fn strings_begin_at_linear_address_zero() {
     });
     assert_eq!(g.m.read(layout::DATA, 3), b"abc");
 }
+
+#[test]
+fn the_alternate_encoding_of_cr8_is_amds() {
+    for amd in [true, false] {
+        let mut g = Guest::new(TestMode::Protected32);
+        g.cpu().amd = amd;
+        g.code(|a| {
+            a.mov(eax, 3).unwrap();
+            // lock mov cr0, eax; lock mov ebx, cr0
+            a.db(&[0xf0, 0x0f, 0x22, 0xc0, 0xf0, 0x0f, 0x20, 0xc3]).unwrap();
+            a.hlt().unwrap();
+        });
+        let end = g.run();
+        if amd {
+            assert_eq!((end, g.reg(gpr::RBX), g.cpu().cr8()), (End::Halted(layout::CODE + 13), 3, 3));
+        } else {
+            assert_eq!(end, End::Vector(6));
+        }
+    }
+}

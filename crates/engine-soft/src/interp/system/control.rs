@@ -18,7 +18,13 @@ fn privileged(cpu: &mut Cpu) -> Result<(), Trap> {
     if cpu.cpl != 0 { Err(cpu.gp(0)) } else { Ok(()) }
 }
 
+/// Outside 64-bit mode CR8 is reached as LOCK MOV CR0, on AMD only (APM 3 "MOV CRn").
+fn alternate_cr8(cpu: &mut Cpu, register: u8) -> Result<(), Trap> {
+    if register == 8 && !cpu.code64() && !cpu.amd { Err(cpu.ud()) } else { Ok(()) }
+}
+
 fn mov_from_cr(cpu: &mut Cpu, op: &Op) -> Exec {
+    alternate_cr8(cpu, op.src)?;
     privileged(cpu)?;
     let v = match op.src {
         0 => cpu.cr0,
@@ -41,6 +47,7 @@ fn source(cpu: &Cpu, op: &Op) -> u64 {
 }
 
 fn mov_to_cr(cpu: &mut Cpu, op: &Op) -> Exec {
+    alternate_cr8(cpu, op.dst)?;
     privileged(cpu)?;
     let v = source(cpu, op);
     match op.dst {
