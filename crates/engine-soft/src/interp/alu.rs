@@ -14,7 +14,23 @@ trait Binary {
     const WRITES: bool = true;
 }
 
+// The flags come out in RAX. LAHF and SETO write parts of it, so it is cleared before: else every operation would wait for the
+// flags of the one before.
 macro_rules! binary {
+    (@run $text:expr, $r:ident, $b:ident, $f:ident, $old:expr,) => {
+        // SAFETY: register-only arithmetic.
+        unsafe {
+            asm!("xor eax, eax", $text, "lahf", "seto al", r = inout(reg) $r, b = in(reg) $b, out("rax") $f,
+                options(pure, nomem, nostack))
+        }
+    };
+    (@run $text:expr, $r:ident, $b:ident, $f:ident, $old:expr, $carry:literal) => {
+        // SAFETY: register-only arithmetic.
+        unsafe {
+            asm!("xor eax, eax", $carry, $text, "lahf", "seto al", r = inout(reg) $r, b = in(reg) $b,
+                old = in(reg) u32::from($old), out("rax") $f, options(pure, nomem, nostack))
+        }
+    };
     ($name:ident, $mnemonic:literal, $writes:expr, $($carry:literal)?) => {
         struct $name;
         impl Binary for $name {
@@ -23,19 +39,17 @@ macro_rules! binary {
             fn apply<T: Int>(a: T, b: T, flags: &mut u16) -> T {
                 let mut r = a.to_u64();
                 let b = b.to_u64();
-                let mut f = u64::from(*flags);
-                // SAFETY: register-only arithmetic.
-                unsafe {
-                    match T::SIZE {
-                        1 => asm!($($carry,)? concat!($mnemonic, " {r:l}, {b:l}"), "lahf", "seto al",
-                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
-                        2 => asm!($($carry,)? concat!($mnemonic, " {r:x}, {b:x}"), "lahf", "seto al",
-                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
-                        4 => asm!($($carry,)? concat!($mnemonic, " {r:e}, {b:e}"), "lahf", "seto al",
-                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
-                        _ => asm!($($carry,)? concat!($mnemonic, " {r}, {b}"), "lahf", "seto al",
-                            r = inout(reg) r, b = in(reg) b, inout("rax") f, options(pure, nomem, nostack)),
-                    }
+                let f: u64;
+                macro_rules! run {
+                    ($operands:literal) => {
+                        binary!(@run concat!($mnemonic, $operands), r, b, f, *flags, $($carry)?)
+                    };
+                }
+                match T::SIZE {
+                    1 => run!(" {r:l}, {b:l}"),
+                    2 => run!(" {r:x}, {b:x}"),
+                    4 => run!(" {r:e}, {b:e}"),
+                    _ => run!(" {r}, {b}"),
                 }
                 *flags = f as u16;
                 T::from_u64(r)
@@ -46,8 +60,8 @@ macro_rules! binary {
 
 binary!(Add, "add", true,);
 binary!(Or, "or", true,);
-binary!(Adc, "adc", true, "bt eax, 8");
-binary!(Sbb, "sbb", true, "bt eax, 8");
+binary!(Adc, "adc", true, "bt {old:e}, 8");
+binary!(Sbb, "sbb", true, "bt {old:e}, 8");
 binary!(And, "and", true,);
 binary!(Sub, "sub", true,);
 binary!(Xor, "xor", true,);
@@ -147,20 +161,23 @@ macro_rules! unary {
             #[inline(always)]
             fn apply<T: Int>(a: T, flags: &mut u16) -> T {
                 let mut r = a.to_u64();
-                let mut f = u64::from(*flags);
-                // CF first: INC and DEC keep it.
-                // SAFETY: register-only arithmetic.
-                unsafe {
-                    match T::SIZE {
-                        1 => asm!("bt eax, 8", concat!($mnemonic, " {r:l}"), "lahf", "seto al",
-                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
-                        2 => asm!("bt eax, 8", concat!($mnemonic, " {r:x}"), "lahf", "seto al",
-                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
-                        4 => asm!("bt eax, 8", concat!($mnemonic, " {r:e}"), "lahf", "seto al",
-                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
-                        _ => asm!("bt eax, 8", concat!($mnemonic, " {r}"), "lahf", "seto al",
-                            r = inout(reg) r, inout("rax") f, options(pure, nomem, nostack)),
-                    }
+                let f: u64;
+                macro_rules! run {
+                    ($operand:literal) => {
+                        // CF first: INC and DEC keep it.
+                        // SAFETY: register-only arithmetic.
+                        unsafe {
+                            asm!("xor eax, eax", "bt {old:e}, 8", concat!($mnemonic, $operand), "lahf", "seto al",
+                                r = inout(reg) r, old = in(reg) u32::from(*flags), out("rax") f,
+                                options(pure, nomem, nostack))
+                        }
+                    };
+                }
+                match T::SIZE {
+                    1 => run!(" {r:l}"),
+                    2 => run!(" {r:x}"),
+                    4 => run!(" {r:e}"),
+                    _ => run!(" {r}"),
                 }
                 *flags = f as u16;
                 T::from_u64(r)

@@ -44,6 +44,44 @@ shift!(Ror, "ror");
 shift!(Rcl, "rcl");
 shift!(Rcr, "rcr");
 
+macro_rules! plain_shift {
+    ($name:ident, $mnemonic:literal) => {
+        /// A shift by an immediate that is not zero: it does not depend on the flags before.
+        fn $name<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+            let mut r = cpu.reg::<T>(op.dst).to_u64();
+            let f: u64;
+            macro_rules! run {
+                ($operands:literal) => {
+                    // SAFETY: register-only arithmetic.
+                    unsafe {
+                        std::arch::asm!("xor eax, eax", concat!($mnemonic, $operands), "lahf", "seto al",
+                            r = inout(reg) r, in("cl") op.imm as u8, out("rax") f, options(pure, nomem, nostack))
+                    }
+                };
+            }
+            match T::SIZE {
+                1 => run!(" {r:l}, cl"),
+                2 => run!(" {r:x}, cl"),
+                4 => run!(" {r:e}, cl"),
+                _ => run!(" {r}, cl"),
+            }
+            cpu.arith = f as u16;
+            cpu.set_reg(op.dst, T::from_u64(r));
+            Ok(Flow::Next)
+        }
+    };
+}
+
+plain_shift!(shl_imm, "shl");
+plain_shift!(shr_imm, "shr");
+plain_shift!(sar_imm, "sar");
+
+/// Whether the count is an immediate that shifts a register at all.
+fn plain(ctx: &Ctx<'_>) -> bool {
+    let mask = if ctx.width(0) == 8 { 63 } else { 31 };
+    !ctx.mem(0) && ctx.i.op1_kind() != OpKind::Register && ctx.op.imm & mask != 0
+}
+
 fn reg_imm<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let a = cpu.reg::<T>(op.dst);
     let r = O::apply(a, op.imm as u8, &mut cpu.arith);
@@ -191,6 +229,9 @@ fn lower_flagless<const KIND: u8>(ctx: &Ctx<'_>) -> Handler {
 
 pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
     Some(match ctx.i.mnemonic() {
+        Mnemonic::Shl | Mnemonic::Sal if plain(ctx) => width!(ctx.width(0), shl_imm),
+        Mnemonic::Shr if plain(ctx) => width!(ctx.width(0), shr_imm),
+        Mnemonic::Sar if plain(ctx) => width!(ctx.width(0), sar_imm),
         Mnemonic::Shl | Mnemonic::Sal => one::<Shl>(ctx),
         Mnemonic::Shr => one::<Shr>(ctx),
         Mnemonic::Sar => one::<Sar>(ctx),
