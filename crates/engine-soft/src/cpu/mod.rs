@@ -130,6 +130,8 @@ pub struct Cpu {
     pub seg: [Segment; 6],
     /// End of the running block's ops; null makes it end after the current op.
     pub block_end: *const crate::decode::Op,
+    /// The op that executes, within a block.
+    pub current: *const crate::decode::Op,
     /// Decoding mode in force, and its key.
     pub mode: crate::decode::Mode,
     /// See [`Mode::key`](crate::decode::Mode::key).

@@ -19,6 +19,7 @@ impl Cpu {
             code_size: CodeSize::Bits16,
             seg: [Segment::real(0); 6],
             block_end: std::ptr::null(),
+            current: std::ptr::null(),
             mode: crate::decode::Mode { code: CodeSize::Bits16, stack: 2, flat: false },
             mode_key: 0,
             vec: Vectors { ymm: [Ymm::default(); 16], mxcsr: 0x1f80 },

@@ -1,7 +1,7 @@
 //! ADD, OR, ADC, SBB, AND, SUB, XOR, CMP, TEST, INC, DEC, NEG, NOT: executed by the host's own ALU, flags kept as LAHF/SETO leave them.
 
 use crate::cpu::{Cpu, Int};
-use crate::decode::{Ctx, Exec, Flow, Handler, Op, op_flags};
+use crate::decode::{Ctx, Exec, Handler, Op, op_flags};
 use crate::mmu::Access;
 use iced_x86::{Mnemonic, OpKind};
 use std::arch::asm;
@@ -74,7 +74,7 @@ fn reg_reg<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     if O::WRITES {
         cpu.set_reg(op.dst, r);
     }
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn reg_imm<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -83,7 +83,7 @@ fn reg_imm<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     if O::WRITES {
         cpu.set_reg(op.dst, r);
     }
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn reg_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -93,7 +93,7 @@ fn reg_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     if O::WRITES {
         cpu.set_reg(op.dst, r);
     }
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 #[inline(always)]
@@ -102,7 +102,7 @@ fn into_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Exec {
         let lin = cpu.linear(op, T::SIZE, Access::Read)?;
         let a = cpu.load::<T>(lin)?;
         O::apply(a, b, &mut cpu.arith);
-        return Ok(Flow::Next);
+        return cpu.then(op);
     }
     let lin = cpu.linear(op, T::SIZE, Access::Write)?;
     let before = cpu.arith;
@@ -116,7 +116,7 @@ fn into_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Exec {
         })?;
     }
     cpu.arith = flags;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mem_reg<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -202,7 +202,7 @@ fn unary_reg<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let a = cpu.reg::<T>(op.dst);
     let r = O::apply(a, &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn unary_mem<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -218,7 +218,7 @@ fn unary_mem<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         })?;
     }
     cpu.arith = flags;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn one<O: Unary>(ctx: &Ctx<'_>) -> Handler {

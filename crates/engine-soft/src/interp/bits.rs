@@ -1,7 +1,7 @@
 //! Bit tests, bit scans, counts, BMI, CRC32 and the random-number instructions.
 
 use crate::cpu::{Cpu, Int, Trap};
-use crate::decode::{Ctx, Exec, Flow, Handler, Op, op_flags};
+use crate::decode::{Ctx, Exec, Handler, Op, op_flags};
 use crate::mmu::Access;
 use iced_x86::{Mnemonic, OpKind};
 use std::arch::asm;
@@ -35,7 +35,7 @@ fn bt_reg<const KIND: u8, const IMM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Ex
     if KIND != TEST {
         cpu.set_reg(op.dst, changed::<KIND, T>(v, bit));
     }
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn bt_mem<const KIND: u8, const IMM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -69,7 +69,7 @@ fn bt_mem<const KIND: u8, const IMM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Ex
         cpu.modify_locked::<T>(lin, f)?;
     }
     cpu.set_cf(found);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn bit_test<const KIND: u8>(ctx: &Ctx<'_>) -> Handler {
@@ -136,7 +136,7 @@ fn scan<O: Scan, const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let s = source::<MEM, T>(cpu, op)?;
     let r = O::apply(cpu.reg::<u64>(op.dst), s, &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn lower_scan<O: Scan>(ctx: &Ctx<'_>) -> Handler {
@@ -199,7 +199,7 @@ fn bmi_rm_last<O: Bmi, const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec 
     };
     let r = O::apply(cpu.reg::<T>(op.src), b, &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// Sources are operands 1 and 2, the former a register or memory (BEXTR, BZHI), or operand 1 alone (BLSI...).
@@ -207,7 +207,7 @@ fn bmi_rm_first<O: Bmi, const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec
     let a = source::<MEM, T>(cpu, op)?;
     let r = O::apply(a, cpu.reg::<T>(op.third), &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn rm_last<O: Bmi>(ctx: &Ctx<'_>) -> Handler {
@@ -242,7 +242,7 @@ fn crc32<const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         }
     }
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// RDRAND and RDSEED: CF says whether there was a number; the other flags are cleared.
@@ -259,7 +259,7 @@ fn random<const SEED: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     }
     cpu.set_reg(op.dst, T::from_u64(r));
     cpu.set_arith_flags(u64::from(ok));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {

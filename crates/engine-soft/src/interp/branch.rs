@@ -38,7 +38,7 @@ fn memory<T: Int>(cpu: &mut Cpu, op: &Op) -> Result<u64, Trap> {
 }
 
 fn jcc<const C: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if cond::<C>(cpu.arith) { go::<T>(cpu, relative(cpu, op)) } else { Ok(Flow::Next) }
+    if cond::<C>(cpu.arith) { go::<T>(cpu, relative(cpu, op)) } else { cpu.then(op) }
 }
 
 fn jmp_rel<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -104,7 +104,7 @@ const RCX: u8 = gpr::RCX as u8 * 8;
 
 /// JCXZ, JECXZ, JRCXZ: `N` is the counter's width.
 fn jcxz<N: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
-    if cpu.reg::<N>(RCX) == N::default() { go::<T>(cpu, relative(cpu, op)) } else { Ok(Flow::Next) }
+    if cpu.reg::<N>(RCX) == N::default() { go::<T>(cpu, relative(cpu, op)) } else { cpu.then(op) }
 }
 
 /// LOOP (`KIND` 0), LOOPE (1), LOOPNE (2).
@@ -122,29 +122,29 @@ fn loop_<const KIND: u8, N: Int, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         cpu.regs[usize::from(RIP)] = to;
         return Ok(Flow::Branch);
     }
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn nop(_: &mut Cpu, _: &Op) -> Exec {
-    Ok(Flow::Next)
+fn nop(cpu: &mut Cpu, op: &Op) -> Exec {
+    cpu.then(op)
 }
 
-fn pause(_: &mut Cpu, _: &Op) -> Exec {
+fn pause(cpu: &mut Cpu, op: &Op) -> Exec {
     std::hint::spin_loop();
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// MFENCE, and the others that order stores against later loads: other vCPUs are other host threads.
-fn fence(_: &mut Cpu, _: &Op) -> Exec {
+fn fence(cpu: &mut Cpu, op: &Op) -> Exec {
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// CLFLUSH and the like: they only check the address, as a load of a byte does.
 fn cache_line(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, 1, Access::Read)?;
     cpu.probe_read(lin, 1)?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// The counter's width in bytes of a LOOP or JCXZ instruction.

@@ -2,7 +2,7 @@
 //! accumulator, and moves to and from single flags.
 
 use crate::cpu::{A_CF, A_OF, Cpu, Int, cond, gpr};
-use crate::decode::{Ctx, Exec, Flow, Handler, Op, op_flags};
+use crate::decode::{Ctx, Exec, Handler, Op, op_flags};
 use crate::mmu::Access;
 use iced_x86::{Code, Mnemonic, OpKind};
 use ringfort_x86::flags::DF;
@@ -11,31 +11,31 @@ use ringfort_x86::segment::{DS, ES};
 fn mov_reg_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.reg::<T>(op.src);
     cpu.set_reg(op.dst, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mov_reg_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.set_reg(op.dst, T::from_u64(op.imm));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mov_reg_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Read)?;
     let v = cpu.load::<T>(lin)?;
     cpu.set_reg(op.dst, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mov_mem_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Write)?;
     cpu.store(lin, cpu.reg::<T>(op.src))?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mov_mem_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Write)?;
     cpu.store(lin, T::from_u64(op.imm))?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mov(ctx: &Ctx<'_>) -> Option<Handler> {
@@ -64,14 +64,14 @@ fn widen<const SIGNED: bool, S: Int, D: Int>(v: S) -> D {
 fn extend_reg<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.reg::<S>(op.src);
     cpu.set_reg(op.dst, widen::<SIGNED, S, D>(v));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn extend_mem<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, S::SIZE, Access::Read)?;
     let v = cpu.load::<S>(lin)?;
     cpu.set_reg(op.dst, widen::<SIGNED, S, D>(v));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn extend<const SIGNED: bool>(ctx: &Ctx<'_>) -> Handler {
@@ -95,19 +95,19 @@ fn extend<const SIGNED: bool>(ctx: &Ctx<'_>) -> Handler {
 fn lea<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let ea = cpu.truncate(op, cpu.effective(op));
     cpu.set_reg(op.dst, T::from_u64(ea));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn bswap<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.reg::<T>(op.dst);
     cpu.set_reg(op.dst, swapped(v));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// BSWAP with a 16-bit operand is undefined; the CPUs at hand clear the register's low half.
 fn bswap16(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.set_reg(op.dst, 0u16);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 #[inline(always)]
@@ -119,13 +119,13 @@ fn movbe_load<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Read)?;
     let v = cpu.load::<T>(lin)?;
     cpu.set_reg(op.dst, swapped(v));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn movbe_store<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Write)?;
     cpu.store(lin, swapped(cpu.reg::<T>(op.src)))?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn cmov_reg<const C: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -133,7 +133,7 @@ fn cmov_reg<const C: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     // Written in any case: a 32-bit destination loses its upper half even when the condition is false.
     let v = cpu.reg::<T>(at);
     cpu.set_reg(op.dst, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn cmov_mem<const C: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -141,36 +141,36 @@ fn cmov_mem<const C: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.load::<T>(lin)?;
     let v = if cond::<C>(cpu.arith) { v } else { cpu.reg::<T>(op.dst) };
     cpu.set_reg(op.dst, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn set_reg<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = u8::from(cond::<C>(cpu.arith));
     cpu.set_reg(op.dst, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn set_mem<const C: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, 1, Access::Write)?;
     cpu.store(lin, u8::from(cond::<C>(cpu.arith)))?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// CBW, CWDE, CDQE: the lower half of the accumulator, sign-extended.
-fn extend_accumulator<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
+fn extend_accumulator<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     match T::SIZE {
         2 => cpu.set_reg(0, cpu.reg::<u8>(0).to_i64() as u16),
         4 => cpu.set_reg(0, cpu.reg::<u16>(0).to_i64() as u32),
         _ => cpu.set_reg(0, cpu.reg::<u32>(0).to_i64() as u64),
     }
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// CWD, CDQ, CQO: the accumulator's sign to all of rDX.
-fn sign_to_dx<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
+fn sign_to_dx<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let sign = (cpu.reg::<T>(0).to_i64() >> 63) as u64;
     cpu.set_reg(gpr::RDX as u8 * 8, T::from_u64(sign));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn xlat(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -180,7 +180,7 @@ fn xlat(cpu: &mut Cpu, op: &Op) -> Exec {
         if op.flags & (FLAT | FLAT32) != 0 { ea } else { cpu.segmented(op.seg.into(), ea, 1, Access::Read)? };
     let v = cpu.load::<u8>(lin)?;
     cpu.set_reg(0, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// MOVDIR64B: 64 bytes to the aligned address in the register (in ES).
@@ -194,7 +194,7 @@ fn movdir64b(cpu: &mut Cpu, op: &Op) -> Exec {
         return Err(cpu.gp(0));
     }
     cpu.store_bytes(to, &line)?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// CLZERO: clears the 64 bytes around rAX.
@@ -202,49 +202,49 @@ fn clzero(cpu: &mut Cpu, op: &Op) -> Exec {
     let at = cpu.truncate(op, cpu.regs[gpr::RAX]) & !63;
     let lin = if cpu.code64() { at } else { cpu.segmented(DS, at, 64, Access::Write)? };
     cpu.store_bytes(lin, &[0; 64])?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn salc(cpu: &mut Cpu, _: &Op) -> Exec {
+fn salc(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = if cpu.cf() { 0xffu8 } else { 0 };
     cpu.set_reg(0, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn lahf(cpu: &mut Cpu, _: &Op) -> Exec {
+fn lahf(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = (cpu.arith >> 8) as u8;
     cpu.set_reg(1, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn sahf(cpu: &mut Cpu, _: &Op) -> Exec {
+fn sahf(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.arith = u16::from(cpu.reg::<u8>(1) & 0xd5 | 2) << 8 | cpu.arith & A_OF;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn clc(cpu: &mut Cpu, _: &Op) -> Exec {
+fn clc(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.arith &= !A_CF;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn stc(cpu: &mut Cpu, _: &Op) -> Exec {
+fn stc(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.arith |= A_CF;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn cmc(cpu: &mut Cpu, _: &Op) -> Exec {
+fn cmc(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.arith ^= A_CF;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn cld(cpu: &mut Cpu, _: &Op) -> Exec {
+fn cld(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.sys_flags &= !DF;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn std(cpu: &mut Cpu, _: &Op) -> Exec {
+fn std(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.sys_flags |= DF;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {

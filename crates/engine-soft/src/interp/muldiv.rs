@@ -1,7 +1,7 @@
 //! MUL, IMUL, MULX, DIV, IDIV: executed by the host once it is certain that the quotient fits.
 
 use crate::cpu::{Cpu, Int, Trap, gpr};
-use crate::decode::{Ctx, Exec, Flow, Handler, Op};
+use crate::decode::{Ctx, Exec, Handler, Op};
 use crate::mmu::Access;
 use iced_x86::{Mnemonic, OpKind};
 
@@ -52,7 +52,7 @@ fn multiply<const SIGNED: bool, const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op)
         cpu.set_reg(RDX, T::from_u64(high));
     }
     cpu.arith = f as u16;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 #[inline(always)]
@@ -77,14 +77,14 @@ fn imul2<const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let a = cpu.reg::<T>(op.dst);
     let r = signed_product(a, b, &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn imul3<const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let a = operand::<MEM, T>(cpu, op, op.src)?;
     let r = signed_product(a, T::from_u64(op.imm), &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mulx<const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -93,7 +93,7 @@ fn mulx<const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     // The high half last: it wins when both destinations are one register.
     cpu.set_reg(op.src, T::from_u64(p as u64));
     cpu.set_reg(op.dst, T::from_u64((p >> T::BITS) as u64));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// Whether `high:low / d` has a quotient of `T`'s width.
@@ -153,7 +153,7 @@ fn divide<const SIGNED: bool, const MEM: bool, T: Int>(cpu: &mut Cpu, op: &Op) -
         cpu.set_reg(RDX, T::from_u64(r));
     }
     cpu.arith = f as u16;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 /// `$f::<..., MEM, T>` by whether operand `$n` is memory and by width.

@@ -86,14 +86,14 @@ fn reg_imm<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let a = cpu.reg::<T>(op.dst);
     let r = O::apply(a, op.imm as u8, &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn reg_cl<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let (a, count) = (cpu.reg::<T>(op.dst), cpu.reg::<u8>(8));
     let r = O::apply(a, count, &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mem<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op, count: u8) -> Exec {
@@ -101,7 +101,7 @@ fn mem<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op, count: u8) -> Exec {
     let mut flags = cpu.arith;
     cpu.modify::<T>(lin, |a| O::apply(a, count, &mut flags))?;
     cpu.arith = flags;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn mem_imm<O: Shift, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -158,7 +158,7 @@ fn double_reg<const LEFT: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let (a, b) = (cpu.reg::<T>(op.dst), cpu.reg::<T>(op.src));
     let r = double::<LEFT, T>(a, b, count, &mut cpu.arith);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn double_mem<const LEFT: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -168,7 +168,7 @@ fn double_mem<const LEFT: bool, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let mut flags = cpu.arith;
     cpu.modify::<T>(lin, |a| double::<LEFT, T>(a, b, count, &mut flags))?;
     cpu.arith = flags;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn lower_double<const LEFT: bool>(ctx: &mut Ctx<'_>) -> Handler {
@@ -207,7 +207,7 @@ fn flagless_reg<const KIND: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let count = if KIND == RORX { op.imm } else { cpu.reg::<T>(op.third).to_u64() };
     let r = flagless::<KIND, T>(cpu.reg::<T>(op.src), count);
     cpu.set_reg(op.dst, r);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn flagless_mem<const KIND: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -215,7 +215,7 @@ fn flagless_mem<const KIND: u8, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let a = cpu.load::<T>(lin)?;
     let count = if KIND == RORX { op.imm } else { cpu.reg::<T>(op.third).to_u64() };
     cpu.set_reg(op.dst, flagless::<KIND, T>(a, count));
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn lower_flagless<const KIND: u8>(ctx: &Ctx<'_>) -> Handler {

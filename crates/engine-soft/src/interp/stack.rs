@@ -1,7 +1,7 @@
 //! PUSH, POP, PUSHA, POPA, ENTER, LEAVE, and the stack accesses of everything else.
 
 use crate::cpu::{Cpu, Int, Trap, gpr::*};
-use crate::decode::{Ctx, Exec, Flow, Handler, Op};
+use crate::decode::{Ctx, Exec, Handler, Op};
 use crate::mmu::Access;
 use iced_x86::{Mnemonic, OpKind};
 use ringfort_x86::Vector;
@@ -104,7 +104,7 @@ fn push_reg64(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.reg::<u64>(op.dst);
     cpu.store(sp, v).map_err(|t| cpu.on_stack(t))?;
     cpu.regs[RSP] = sp;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn pop_reg64(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -113,36 +113,36 @@ fn pop_reg64(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.regs[RSP] = sp.wrapping_add(8);
     // After the increment: POP RSP keeps what was popped.
     cpu.set_reg(op.dst, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn push_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.push(cpu.reg::<T>(op.dst))?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn push_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.push(T::from_u64(op.imm))?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn push_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Read)?;
     let v = cpu.load::<T>(lin)?;
     cpu.push(v)?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn push_segment<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let selector = cpu.seg[usize::from(op.dst)].selector;
     cpu.push(T::from_u64(selector.into()))?;
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn pop_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.pop::<T>()?;
     cpu.set_reg(op.dst, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn pop_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -157,10 +157,10 @@ fn pop_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
         cpu.regs[RSP] = before;
         return Err(t);
     }
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn pusha<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
+fn pusha<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let mask = cpu.sp_mask();
     let mut sp = cpu.sp();
     // What is stored before a fault lies beyond the stack pointer, which does not move then.
@@ -170,10 +170,10 @@ fn pusha<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
         cpu.store_stack(sp, v)?;
     }
     cpu.set_sp(sp);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn popa<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
+fn popa<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let mask = cpu.sp_mask();
     let mut sp = cpu.sp();
     let mut values = [T::default(); 8];
@@ -187,7 +187,7 @@ fn popa<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
         }
     }
     cpu.set_sp(sp);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 fn enter<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
@@ -217,15 +217,15 @@ fn enter<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let link = cpu.regs[RSP] & !mask | frame;
     cpu.set_reg(RBP as u8 * 8, T::from_u64(link));
     cpu.set_sp(sp);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
-fn leave<T: Int>(cpu: &mut Cpu, _: &Op) -> Exec {
+fn leave<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let bp = cpu.regs[RBP] & cpu.sp_mask();
     let v = cpu.load_stack::<T>(bp)?;
     cpu.set_sp(bp.wrapping_add(T::SIZE as u64));
     cpu.set_reg(RBP as u8 * 8, v);
-    Ok(Flow::Next)
+    cpu.then(op)
 }
 
 pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {

@@ -14,30 +14,38 @@ const TIMER_CHECK: u32 = 128;
 impl Cpu {
     /// Execute until something needs the caller.
     pub fn run_loop(&mut self) -> VcpuExit {
-        let mut until_timer = 0;
         loop {
-            if until_timer == 0 {
-                until_timer = TIMER_CHECK;
-                self.check_timer();
-            }
-            until_timer -= 1;
+            self.check_timer();
+            self.run_blocks(TIMER_CHECK);
             if self.env.me.requests.load(Ordering::Relaxed) != 0 || self.activity != Activity::Running {
                 if let Some(exit) = self.look_up() {
                     return exit;
                 }
-                continue;
+            }
+        }
+    }
+
+    /// Whether something must happen between instructions: after STI or MOV SS, while stepping or watching.
+    #[inline(always)]
+    fn step_by_step(&self) -> bool {
+        (self.shadow != Shadow::None) | (self.sys_flags & (TF | RF) != 0) | self.debug_armed()
+    }
+
+    /// Execute up to `most` blocks; fewer when a request is there or the vCPU stops running.
+    fn run_blocks(&mut self, most: u32) {
+        for _ in 0..most {
+            if (self.env.me.requests.load(Ordering::Relaxed) != 0) | (self.activity != Activity::Running) {
+                return;
             }
             self.step_block();
         }
     }
 
     /// Execute one block, or one instruction where something must happen between instructions.
+    #[inline]
     pub fn step_block(&mut self) {
-        // After STI or MOV SS, and while stepping or watching, one instruction at a time.
-        let single = self.shadow != Shadow::None || self.sys_flags & (TF | RF) != 0 || self.debug_armed();
-        if single {
-            self.step_single();
-            return;
+        if self.step_by_step() {
+            return self.step_single();
         }
         let block = match self.find_block(false) {
             Ok(b) => b,
@@ -46,16 +54,17 @@ impl Cpu {
         // SAFETY: the cache keeps a block until another is decoded, which no op does.
         let ops = unsafe { &(*block).ops };
         self.block_end = ops.as_ptr_range().end;
-        let mut op: *const Op = ops.as_ptr();
+        self.current = ops.as_ptr();
         loop {
-            // SAFETY: `op` is inside the block: it is advanced only while below `block_end`, which is the block's end or null.
-            let r: Exec = unsafe { ((*op).run)(self, &*op) };
-            // SAFETY: as above; one past the last op at most.
-            let next = unsafe { op.add(1) };
+            // SAFETY: `current` is inside the block: handlers move it only while below `block_end` (see `Cpu::then`), and so does this loop.
+            let r: Exec = unsafe { ((*self.current).run)(self, &*self.current) };
+            let op = self.current;
             match r {
                 Ok(Flow::Next) => {
+                    // SAFETY: one past the last op at most.
+                    let next = unsafe { op.add(1) };
                     if next < self.block_end {
-                        op = next;
+                        self.current = next;
                         continue;
                     }
                     self.advance(op);
@@ -65,6 +74,20 @@ impl Cpu {
                 Err(t) => self.deliver_trap(t, Some(op)),
             }
             return;
+        }
+    }
+
+    /// The end of a handler that is done: goes on with the next op of the block without returning to the run loop (the compiler makes
+    /// that a jump; should it not, a block's length bounds the depth). For `Ok(Flow::Next)` in handlers of frequent instructions.
+    #[inline(always)]
+    pub fn then(&mut self, op: &Op) -> Exec {
+        let next = (&raw const *op).wrapping_add(1);
+        if next < self.block_end {
+            self.current = next;
+            // SAFETY: below the block's end.
+            unsafe { ((*next).run)(self, &*next) }
+        } else {
+            Ok(Flow::Next)
         }
     }
 
@@ -90,6 +113,7 @@ impl Cpu {
     }
 
     /// Execute one instruction and what follows it: the end of an interrupt shadow, single step, data breakpoints.
+    #[cold]
     fn step_single(&mut self) {
         let shadow = std::mem::take(&mut self.shadow);
         let stepping = self.sys_flags & TF != 0;
