@@ -1,7 +1,7 @@
 //! Virtio 1.x devices and transports.
 //!
 //! - [`queue`]: the rings. They are checked once; device code sees checked buffers only.
-//! - [`VirtioDevice`]: what a device is, whatever the transport. Devices: [`blk`], [`console`], [`rng`], [`balloon`].
+//! - [`VirtioDevice`]: what a device is, whatever the transport. Devices: [`blk`], [`console`], [`net`], [`rng`], [`balloon`].
 //! - [`Core`]: the part of a transport that is the same for all: status, feature negotiation, queue set-up, I/O
 //!   threads, pause, save and load.
 //! - [`pci`] and [`mmio`]: the two transports.
@@ -17,6 +17,7 @@ pub mod blk;
 pub mod console;
 mod device;
 pub mod mmio;
+pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;

@@ -377,9 +377,16 @@ impl Queue {
 
     /// Ask the driver to notify about the next chain. True when one came meanwhile: then look again.
     pub fn enable_notifications(&mut self) -> bool {
+        self.wait_beyond(0)
+    }
+
+    /// As [`enable_notifications`](Self::enable_notifications), for a device that needs more than the `seen` chains
+    /// that it looked at and put back.
+    pub fn wait_beyond(&mut self, seen: u16) -> bool {
+        let next = self.progress.next_avail.wrapping_add(seen);
         if self.event_idx {
             let at = 4 + 8 * usize::from(self.size);
-            self.used_u16(at).store(self.progress.next_avail.to_le(), Ordering::Relaxed);
+            self.used_u16(at).store(next.to_le(), Ordering::Relaxed);
             self.mark_used(at, 2);
         } else {
             self.used_u16(0).store(0, Ordering::Relaxed);
@@ -387,7 +394,7 @@ impl Queue {
         }
         // The wish must be visible before the index is read again; the driver does the reverse.
         fence(Ordering::SeqCst);
-        self.has_work()
+        self.gate.is_open() && u16::from_le(self.avail_u16(2).load(Ordering::Acquire)) != next
     }
 
     fn mark_used(&self, offset: usize, len: usize) {

@@ -1,0 +1,7 @@
+//! Where a guest's Ethernet frames go: the seam between network devices and back ends, and the back ends.
+//!
+//! - [`NetBackend`]: what every back end is to a device; it is in no way tied to virtio.
+
+mod backend;
+
+pub use backend::{GsoKind, MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, VnetHeader};

@@ -1,0 +1,435 @@
+use super::*;
+use crate::feature::EVENT_IDX;
+use crate::status;
+use crate::testing::{BUFFERS, Rig};
+use ringfort_net::GsoKind;
+use std::collections::VecDeque;
+
+const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+const GROUP: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
+const OTHER: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
+
+/// Keeps what is sent; gives what the test puts in.
+#[derive(Default)]
+struct Wire {
+    sent: Mutex<Vec<(u16, VnetHeader, Vec<u8>)>>,
+    inbound: Mutex<VecDeque<(VnetHeader, Vec<u8>)>>,
+    offloads: Mutex<Offloads>,
+    events: OnceLock<Arc<dyn NetEvents>>,
+    full: std::sync::atomic::AtomicBool,
+    flushed: AtomicU64,
+}
+
+impl NetBackend for Wire {
+    fn accepts(&self) -> Offloads {
+        Offloads::ALL
+    }
+    fn produces(&self) -> Offloads {
+        Offloads::ALL
+    }
+    fn max_pairs(&self) -> u16 {
+        4
+    }
+    fn attach(&self, events: Arc<dyn NetEvents>) {
+        let _ = self.events.set(events);
+    }
+    fn set_offloads(&self, offloads: Offloads) {
+        *lock(&self.offloads) = offloads;
+    }
+    fn send(&self, pair: u16, header: &VnetHeader, frame: &[u8]) -> Sent {
+        if self.full.load(Ordering::SeqCst) {
+            return Sent::Full;
+        }
+        lock(&self.sent).push((pair, *header, frame.to_vec()));
+        Sent::Done
+    }
+    fn flush(&self, _pair: u16) {
+        self.flushed.fetch_add(1, Ordering::SeqCst);
+    }
+    fn receive(&self, _pair: u16, frame: &mut Vec<u8>) -> Option<VnetHeader> {
+        let (header, data) = lock(&self.inbound).pop_front()?;
+        *frame = data;
+        Some(header)
+    }
+}
+
+impl Wire {
+    fn give(&self, header: VnetHeader, frame: Vec<u8>) {
+        lock(&self.inbound).push_back((header, frame));
+        self.events.get().expect("attached").readable(0);
+    }
+}
+
+fn frame_to(to: [u8; 6], len: usize) -> Vec<u8> {
+    let mut f = vec![0; len];
+    f[..6].copy_from_slice(&to);
+    f[6..12].copy_from_slice(&OTHER);
+    (12..len).for_each(|i| f[i] = i as u8);
+    f[12..14].copy_from_slice(&[8, 0]);
+    f
+}
+
+fn net(pairs: u16) -> (Arc<Wire>, Arc<Net>) {
+    let wire = Arc::new(Wire::default());
+    let net = Net::new(wire.clone(), NetOptions { mac: MAC, pairs, mtu: Some(1500) }).unwrap();
+    (wire, net)
+}
+
+/// Send a control command; gives the answer.
+fn control(rig: &mut Rig, queue: u16, command: &[u8]) -> u8 {
+    const AT: u64 = BUFFERS + 0x20_0000;
+    rig.write(AT, command);
+    rig.write(AT + 0x1000, &[0xee]);
+    rig.send(queue, &[(AT, command.len() as u32, false), (AT + 0x1000, 1, true)]);
+    assert_eq!(rig.used(queue).1, 1);
+    rig.read(AT + 0x1000, 1)[0]
+}
+
+#[test]
+fn options_out_of_range_are_refused() {
+    let make =
+        |mac, pairs, mtu| Net::new(Arc::new(Wire::default()), NetOptions { mac, pairs, mtu }).map(drop);
+    assert!(make(MAC, 5, None).unwrap_err().contains("1 to 4"));
+    assert!(make(MAC, 0, None).is_err());
+    assert!(make(GROUP, 1, None).unwrap_err().contains("unicast"));
+    assert!(make([0; 6], 1, None).is_err());
+    assert!(make(MAC, 1, Some(67)).unwrap_err().contains("MTU"));
+    assert!(make(MAC, 4, Some(68)).is_ok());
+}
+
+#[test]
+fn a_frame_is_sent_with_its_header() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device.clone(), F_CSUM | F_HOST_TSO4);
+    let frame = frame_to(OTHER, 3000);
+    let header =
+        VnetHeader { checksum: Some((34, 16)), gso: Some((GsoKind::Tcp4, 1448)), ..VnetHeader::default() };
+    rig.write(BUFFERS, &header.encode(0));
+    rig.write(BUFFERS + 12, &frame);
+    // Header and frame in one buffer, cut at any place (virtio 1.3 section 5.1.6.2).
+    rig.send(1, &[(BUFFERS, 5, false), (BUFFERS + 5, 100, false), (BUFFERS + 105, 2907, false)]);
+    assert_eq!(rig.used(1).1, 0);
+    assert_eq!(*lock(&wire.sent), [(0, header, frame)]);
+    assert!(wire.flushed.load(Ordering::SeqCst) > 0);
+    assert_eq!(device.statistics(0).unwrap().tx_bytes, 3000);
+    assert_eq!(device.statistics(1), None);
+}
+
+#[test]
+fn frames_that_break_rules_are_dropped_one_by_one() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device.clone(), F_CSUM);
+    let good = VnetHeader::default().encode(0);
+    let with = |at: usize, value: &[u8]| {
+        let mut h = good;
+        h[at..at + value.len()].copy_from_slice(value);
+        h
+    };
+    let bad = [
+        // Segmentation that was not agreed on, an unknown kind, a checksum beyond the frame.
+        (with(0, &[1, 1, 0, 0, 100, 0, 34, 0, 16, 0]), 60),
+        (with(1, &[3]), 60),
+        (with(0, &[1, 0, 0, 0, 0, 0, 50, 0, 9, 0]), 60),
+        (with(0, &[1, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff]), 60),
+        // Too short for an Ethernet header, nothing at all, too long.
+        (good, 13),
+        (good, 0),
+        (good, MAX_FRAME as u32 + 1),
+    ];
+    for (n, (header, len)) in bad.into_iter().enumerate() {
+        rig.write(BUFFERS, &header);
+        rig.send(1, &[(BUFFERS, 12 + len, false)]);
+        rig.used(1);
+        assert!(lock(&wire.sent).is_empty(), "{n}");
+    }
+    // A chain without a whole header, one that only the device may write.
+    rig.send(1, &[(BUFFERS, 11, false)]);
+    rig.used(1);
+    rig.send(1, &[(BUFFERS, 100, true)]);
+    rig.used(1);
+    assert_eq!(device.statistics(0).unwrap().tx_dropped, 9);
+    rig.write(BUFFERS, &good);
+    rig.send(1, &[(BUFFERS, 12 + 60, false)]);
+    rig.used(1);
+    assert_eq!(lock(&wire.sent).len(), 1);
+    assert_eq!(rig.core.status() & status::NEEDS_RESET, 0);
+}
+
+#[test]
+fn a_full_back_end_keeps_frames_with_the_driver() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device, 0);
+    wire.full.store(true, Ordering::SeqCst);
+    for n in 0..3 {
+        rig.write(BUFFERS + n * 0x100, &VnetHeader::default().encode(0));
+        rig.write(BUFFERS + n * 0x100 + 12, &frame_to(OTHER, 60 + n as usize));
+        rig.send(1, &[(BUFFERS + n * 0x100, 72 + n as u32, false)]);
+    }
+    rig.core.pause();
+    assert!(rig.rings[1].take_used().is_none());
+    rig.core.resume();
+    wire.full.store(false, Ordering::SeqCst);
+    wire.events.get().unwrap().writable(0);
+    for n in 0..3 {
+        assert_eq!(rig.used(1).0, n);
+    }
+    let lengths: Vec<usize> = lock(&wire.sent).iter().map(|f| f.2.len()).collect();
+    assert_eq!(lengths, [60, 61, 62]);
+}
+
+#[test]
+fn received_frames_wait_for_buffers() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device, 0);
+    wire.give(VnetHeader { valid: true, ..VnetHeader::default() }, frame_to(MAC, 90));
+    rig.send(0, &[(BUFFERS, 12, true), (BUFFERS + 0x100, 1514, true)]);
+    assert_eq!(rig.used(0).1, 102);
+    assert_eq!(rig.read(BUFFERS, 12), VnetHeader { valid: true, ..VnetHeader::default() }.encode(1));
+    assert_eq!(rig.read(BUFFERS + 0x100, 90), frame_to(MAC, 90));
+    assert_eq!(rig.read(BUFFERS + 0x100 + 90, 2), [0, 0]);
+    // Without mergeable buffers a frame that is too long is lost, and its buffer serves the next one.
+    rig.send(0, &[(BUFFERS, 100, true)]);
+    wire.give(VnetHeader::default(), frame_to(MAC, 89));
+    wire.give(VnetHeader::default(), frame_to(MAC, 88));
+    assert_eq!(rig.used(0).1, 100);
+}
+
+#[test]
+fn long_frames_are_spread_over_mergeable_buffers() {
+    for events in [0, EVENT_IDX] {
+        let (wire, device) = net(1);
+        let mut rig = Rig::new(device, F_MRG_RXBUF | F_GUEST_CSUM | F_GUEST_TSO4 | events);
+        if events != 0 {
+            rig.rings[0].set_used_event(2);
+        }
+        let header = VnetHeader {
+            checksum: Some((34, 16)),
+            gso: Some((GsoKind::Tcp4, 1000)),
+            ..VnetHeader::default()
+        };
+        rig.send(0, &[(BUFFERS, 1000, true)]);
+        rig.send(0, &[(BUFFERS + 0x1000, 1000, true)]);
+        wire.give(header, frame_to(MAC, 2500));
+        // Two buffers are not enough; the driver is asked for the third, and both wait.
+        let asked =
+            || if events != 0 { rig.rings[0].avail_event() == 2 } else { rig.rings[0].used_flags() == 0 };
+        while !(asked() && lock(&wire.inbound).is_empty()) {
+            std::thread::yield_now();
+        }
+        rig.core.pause();
+        assert_eq!(rig.rings[0].used_index(), 0);
+        rig.core.resume();
+        rig.send(0, &[(BUFFERS + 0x2000, 1000, true)]);
+        let lengths: Vec<u32> = (0..3).map(|_| rig.used(0).1).collect();
+        assert_eq!(lengths, [1000, 1000, 512]);
+        assert_eq!(rig.read(BUFFERS, 12), header.encode(3));
+        let all =
+            [rig.read(BUFFERS + 12, 988), rig.read(BUFFERS + 0x1000, 1000), rig.read(BUFFERS + 0x2000, 512)]
+                .concat();
+        assert!(all == frame_to(MAC, 2500));
+    }
+}
+
+#[test]
+fn a_receive_buffer_without_room_for_the_header_needs_a_reset() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device, F_MRG_RXBUF);
+    rig.send(0, &[(BUFFERS, 11, true)]);
+    wire.give(VnetHeader::default(), frame_to(MAC, 60));
+    rig.interrupts.wait(None, 1);
+    assert_ne!(rig.core.status() & status::NEEDS_RESET, 0);
+}
+
+#[test]
+fn empty_buffers_do_not_make_it_loop() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device, F_MRG_RXBUF);
+    rig.rings[0].add(&[(BUFFERS, 12, true)]);
+    for _ in 0..255 {
+        rig.rings[0].add(&[(BUFFERS, 0, true)]);
+    }
+    rig.core.notify(0);
+    wire.give(VnetHeader::default(), frame_to(MAC, 60));
+    while !lock(&wire.inbound).is_empty() {
+        std::thread::yield_now();
+    }
+    rig.core.pause();
+    assert_eq!(rig.rings[0].used_index(), 0);
+}
+
+#[test]
+fn configuration_tells_address_status_pairs_and_mtu() {
+    let (_, device) = net(3);
+    let rig = Rig::new(device.clone(), F_STATUS | F_MQ | F_GUEST_ANNOUNCE | F_CTRL_VQ);
+    let config = || {
+        let mut b = [0xff; 16];
+        rig.core.read_config(0, &mut b);
+        b
+    };
+    assert_eq!(config(), [0x52, 0x54, 0, 1, 2, 3, 1, 0, 3, 0, 0xdc, 5, 0, 0, 0, 0]);
+    device.set_link(false);
+    device.set_link(false);
+    assert_eq!((config()[6], rig.interrupts.count(None)), (0, 1));
+    device.announce();
+    assert_eq!(config()[6], 0, "nobody hears it");
+    device.set_link(true);
+    device.announce();
+    assert_eq!((config()[6], rig.interrupts.count(None)), (3, 3));
+}
+
+#[test]
+fn no_frame_passes_while_the_link_is_down() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device.clone(), 0);
+    device.set_link(false);
+    rig.write(BUFFERS, &VnetHeader::default().encode(0));
+    rig.send(1, &[(BUFFERS, 80, false)]);
+    rig.used(1);
+    rig.send(0, &[(BUFFERS, 200, true)]);
+    wire.give(VnetHeader::default(), frame_to(MAC, 60));
+    while device.statistics(0).unwrap().rx_dropped == 0 {
+        std::thread::yield_now();
+    }
+    device.set_link(true);
+    wire.give(VnetHeader::default(), frame_to(MAC, 61));
+    assert_eq!(rig.used(0).1, 73);
+    assert!(lock(&wire.sent).is_empty());
+}
+
+#[test]
+fn commands_are_checked() {
+    let (wire, device) = net(2);
+    let features = F_CTRL_VQ
+        | F_CTRL_RX
+        | F_CTRL_RX_EXTRA
+        | F_CTRL_VLAN
+        | F_CTRL_MAC_ADDR
+        | F_MQ
+        | F_GUEST_ANNOUNCE
+        | F_CTRL_GUEST_OFFLOADS
+        | F_GUEST_CSUM
+        | F_GUEST_TSO4
+        | F_STATUS;
+    let mut rig = Rig::new(device.clone(), features);
+    const Q: u16 = 4;
+    assert_eq!(control(&mut rig, Q, &[1, 1, 0x52, 0x54, 0, 7, 7, 7]), 0);
+    let mut mac = [0; 6];
+    rig.core.read_config(0, &mut mac);
+    assert_eq!(mac, [0x52, 0x54, 0, 7, 7, 7]);
+    for (good, bad) in [
+        (&[0u8, 0, 0][..], &[0u8, 0, 2][..]),
+        (&[0, 5, 1], &[0, 6, 1]),
+        (&[2, 0, 0xff, 0x0f], &[2, 0, 0, 0x10]),
+        (&[4, 0, 2, 0], &[4, 0, 3, 0]),
+        (&[4, 0, 1, 0], &[4, 0, 0, 0]),
+        (&[3, 0], &[3, 1]),
+        (&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[1, 0, 0, 0, 0, 0, 0, 0, 0]),
+        (&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0], &[1, 0, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]),
+        (&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0], &[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]),
+        (&[1, 1, 2, 2, 2, 2, 2, 2], &[1, 1, 3, 2, 2, 2, 2, 2]),
+        (&[0, 0, 1], &[9, 9, 9, 9]),
+        (&[0, 0, 1], &[0, 0]),
+    ] {
+        assert_eq!((control(&mut rig, Q, good), control(&mut rig, Q, bad)), (0, 1), "{good:?} {bad:?}");
+    }
+    assert_eq!(*lock(&wire.offloads), Offloads { checksum: true, ..Offloads::default() });
+    // Only offloads that were agreed on; checksums alone, then with segmentation.
+    assert_eq!(control(&mut rig, Q, &[5, 0, 0x82, 0, 0, 0, 0, 0, 0, 0]), 0);
+    assert_eq!(*lock(&wire.offloads), Offloads { checksum: true, tso4: true, ..Offloads::default() });
+    // No room for the answer: nothing sensible can be done.
+    rig.write(BUFFERS, &[0, 0, 1]);
+    rig.send(Q, &[(BUFFERS, 3, false)]);
+    rig.interrupts.wait(None, 1);
+    assert_ne!(rig.core.status() & status::NEEDS_RESET, 0);
+}
+
+#[test]
+fn the_control_queue_is_the_third_without_multiqueue() {
+    let (_, device) = net(4);
+    let mut rig = Rig::new(device, F_CTRL_VQ | F_CTRL_RX);
+    assert_eq!(control(&mut rig, 2, &[0, 0, 0]), 0);
+    assert_eq!(control(&mut rig, 2, &[4, 0, 2, 0]), 1, "not agreed on");
+}
+
+#[test]
+fn filters_keep_frames_out() {
+    let mut f = Filter::default();
+    let wants = |f: &Filter, to| f.wants(&frame_to(to, 60), &MAC, false);
+    assert!(wants(&f, OTHER), "all pass at first");
+    f.promiscuous = false;
+    assert_eq!([MAC, OTHER, GROUP, [0xff; 6]].map(|to| wants(&f, to)), [true, false, false, true]);
+    f.all_multicast = true;
+    f.unicast.addresses.push(OTHER);
+    assert!(wants(&f, GROUP) && wants(&f, OTHER));
+    (f.no_multicast, f.no_unicast, f.no_broadcast) = (true, true, true);
+    assert_eq!([MAC, OTHER, GROUP, [0xff; 6]].map(|to| wants(&f, to)), [false; 4]);
+    let f = Filter {
+        promiscuous: false,
+        multicast: filter::Table { overflow: true, ..Default::default() },
+        ..Filter::default()
+    };
+    assert!(wants(&f, GROUP));
+    assert!(!f.wants(&[0xff; 13], &MAC, false), "no header");
+
+    let mut f = Filter::default();
+    let mut tagged = frame_to(MAC, 60);
+    tagged[12..16].copy_from_slice(&[0x81, 0, 0xe1, 0x23]);
+    assert!(f.wants(&tagged, &MAC, false) && !f.wants(&tagged, &MAC, true));
+    assert!(f.set_vlan(0x123, true) && f.wants(&tagged, &MAC, true));
+    assert!(f.set_vlan(0x123, false) && !f.wants(&tagged, &MAC, true));
+    assert!(!f.wants(&tagged[..14], &MAC, true) && !f.set_vlan(4096, true));
+}
+
+#[test]
+fn more_addresses_than_are_kept_let_all_pass() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device, F_CTRL_VQ | F_CTRL_RX);
+    let mut command = vec![1, 0, 0, 0, 0, 0];
+    command.extend_from_slice(&100u32.to_le_bytes());
+    (0..100).for_each(|n| command.extend_from_slice(&[0x33, 0x33, 0, 0, 1, n]));
+    assert_eq!(control(&mut rig, 2, &command), 0);
+    assert_eq!(control(&mut rig, 2, &[0, 0, 0]), 0);
+    rig.send(0, &[(BUFFERS, 200, true)]);
+    rig.send(0, &[(BUFFERS, 200, true)]);
+    wire.give(VnetHeader::default(), frame_to(OTHER, 60));
+    wire.give(VnetHeader::default(), frame_to(GROUP, 61));
+    assert_eq!(rig.used(0).1, 73);
+}
+
+#[test]
+fn pairs_serve_once_they_are_switched_on() {
+    let (wire, device) = net(2);
+    let mut rig = Rig::new(device, F_CTRL_VQ | F_MQ);
+    rig.write(BUFFERS, &VnetHeader::default().encode(0));
+    rig.send(3, &[(BUFFERS, 80, false)]);
+    assert_eq!(control(&mut rig, 4, &[4, 0, 2, 0]), 0);
+    rig.used(3);
+    assert_eq!(lock(&wire.sent)[0].0, 1);
+}
+
+#[test]
+fn state_survives_and_wrong_state_is_refused() {
+    let (_, device) = net(1);
+    let mut rig = Rig::new(device.clone(), F_CTRL_VQ | F_CTRL_RX | F_CTRL_MAC_ADDR | F_GUEST_CSUM);
+    assert_eq!(control(&mut rig, 2, &[1, 1, 2, 2, 2, 2, 2, 2]), 0);
+    rig.core.pause();
+    let state = rig.core.save();
+    let Rig { core, memory, .. } = rig;
+    drop(core);
+    let (wire, other) = net(1);
+    let rig = Rig::over(other.clone(), memory);
+    rig.core.load(&state).unwrap();
+    let mut mac = [0; 6];
+    rig.core.read_config(0, &mut mac);
+    assert_eq!(mac, [2; 6]);
+    assert!(lock(&wire.offloads).checksum);
+    let mut s = lock(&other.state).clone();
+    s.control.pairs = 2;
+    assert!(other.load(&crate::transport::encode(&s)).is_err());
+    s.control = ControlState { pairs: 1, offloads: F_GUEST_TSO6 };
+    assert!(other.load(&crate::transport::encode(&s)).is_err());
+    assert!(other.load(&[0xff; 90]).is_err());
+    rig.core.write_status(0);
+    rig.core.read_config(0, &mut mac);
+    assert_eq!(mac, MAC);
+}
