@@ -14,14 +14,20 @@ const TIMER_CHECK: u32 = 128;
 impl Cpu {
     /// Execute until something needs the caller.
     pub fn run_loop(&mut self) -> VcpuExit {
+        let mut until_timer = 0;
         loop {
-            self.check_timer();
-            self.run_blocks(TIMER_CHECK);
+            if until_timer == 0 {
+                until_timer = TIMER_CHECK;
+                self.check_timer();
+            }
             if self.env.me.requests.load(Ordering::Relaxed) != 0 || self.activity != Activity::Running {
                 if let Some(exit) = self.look_up() {
                     return exit;
                 }
+                until_timer -= 1;
+                continue;
             }
+            until_timer = self.run_blocks(until_timer);
         }
     }
 
@@ -31,14 +37,15 @@ impl Cpu {
         (self.shadow != Shadow::None) | (self.sys_flags & (TF | RF) != 0) | self.debug_armed()
     }
 
-    /// Execute up to `most` blocks; fewer when a request is there or the vCPU stops running.
-    fn run_blocks(&mut self, most: u32) {
-        for _ in 0..most {
+    /// Execute up to `most` blocks; fewer when a request is there or the vCPU stops running. How many are left.
+    fn run_blocks(&mut self, most: u32) -> u32 {
+        for done in 0..most {
             if (self.env.me.requests.load(Ordering::Relaxed) != 0) | (self.activity != Activity::Running) {
-                return;
+                return most - done;
             }
             self.step_block();
         }
+        0
     }
 
     /// Execute one block, or one instruction where something must happen between instructions.

@@ -330,7 +330,7 @@ fn memory(
     pointer: &mut Option<Pointer>,
 ) {
     use OpCodeOperandKind as K;
-    let inside = DATA + rng.u64(64..DATA_SIZE as u64 - 64) & !rng.u64(0..64);
+    let inside = (DATA + rng.u64(64..DATA_SIZE as u64 - 64)) & !rng.u64(0..64);
     if kind == K::mem_offs {
         i.set_memory_displ_size(if narrow { 4 } else { 8 });
         i.set_memory_displacement64(inside);
