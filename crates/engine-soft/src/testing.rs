@@ -376,6 +376,14 @@ impl Machine {
         self.cpu.step_undelivered()
     }
 
+    /// Execute a block of instructions, as the run loop does; what one raises comes back and is not delivered, RIP then points to it.
+    ///
+    /// # Errors
+    /// The exception.
+    pub fn step_block(&mut self) -> Result<(), TrapInfo> {
+        self.cpu.step_block_undelivered()
+    }
+
     /// Execute `n` instructions, or until one raises an exception.
     ///
     /// # Errors

@@ -54,10 +54,15 @@ impl Cpu {
         if self.step_by_step() {
             return self.step_single();
         }
-        let block = match self.find_block(false) {
-            Ok(b) => b,
-            Err(t) => return self.deliver_trap(t, None),
-        };
+        if let Err((trap, op)) = self.execute_block() {
+            self.deliver_trap(trap, op);
+        }
+    }
+
+    /// Execute the block at CS:RIP. What its fetch or one of its ops raised comes back, with the op.
+    #[inline(always)]
+    fn execute_block(&mut self) -> Result<(), (Trap, Option<*const Op>)> {
+        let block = self.find_block(false).map_err(|t| (t, None))?;
         // SAFETY: the cache keeps a block until another is decoded, which no op does.
         let ops = unsafe { &(*block).ops };
         self.block_end = ops.as_ptr_range().end;
@@ -78,9 +83,9 @@ impl Cpu {
                 }
                 Ok(Flow::Branch) => {}
                 Ok(Flow::EndBlock) => self.advance(op),
-                Err(t) => self.deliver_trap(t, Some(op)),
+                Err(t) => return Err((t, Some(op))),
             }
-            return;
+            return Ok(());
         }
     }
 
@@ -218,5 +223,12 @@ impl Cpu {
             Err(t) => return Err(self.settle_trap(t, Some(op))),
         }
         Ok(())
+    }
+
+    /// For tests: as [`Cpu::step_undelivered`], but a whole block, from the cache.
+    #[doc(hidden)]
+    pub fn step_block_undelivered(&mut self) -> Result<(), TrapInfo> {
+        self.shadow = Shadow::None;
+        self.execute_block().map_err(|(t, op)| self.settle_trap(t, op))
     }
 }
