@@ -53,6 +53,8 @@ pub mod op_flags {
     pub const ADDR32: u16 = 1 << 7;
     /// The last op of its block, whatever its handler answers.
     pub const END: u16 = 1 << 8;
+    /// The address is that of [`FLAT`] plus the base of the segment: FS or GS in 64-bit code.
+    pub const BASED: u16 = 1 << 15;
 }
 
 /// One decoded instruction.
@@ -274,6 +276,7 @@ fn generic(i: &Instruction, off: u16, mode: Mode) -> Op {
     op.flags |= match (mode.code, addr_size) {
         (CodeSize::Bits64, 8) if seg_is_plain => FLAT,
         (CodeSize::Bits64, 4) if seg_is_plain => FLAT32,
+        (CodeSize::Bits64, 8) => BASED,
         // A code segment is not writable, and perhaps not readable.
         (CodeSize::Bits32, 4) if seg_is_plain && op.seg != CS as u8 && mode.flat => FLAT32,
         _ => 0,

@@ -87,6 +87,16 @@ fn reg_imm<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn reg_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let Some(b) = cpu.quick_load::<T>(op) else { return reg_mem_slow::<O, T>(cpu, op) };
+    let r = O::apply(cpu.reg::<T>(op.dst), b, &mut cpu.arith);
+    if O::WRITES {
+        cpu.set_reg(op.dst, r);
+    }
+    cpu.then(op)
+}
+
+#[inline(never)]
+fn reg_mem_slow<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Read)?;
     let b = cpu.load::<T>(lin)?;
     let r = O::apply(cpu.reg::<T>(op.dst), b, &mut cpu.arith);
@@ -98,6 +108,20 @@ fn reg_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 
 #[inline(always)]
 fn into_mem<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Exec {
+    if !O::WRITES {
+        let Some(a) = cpu.quick_load::<T>(op) else { return into_mem_slow::<O, T>(cpu, op, b) };
+        O::apply(a, b, &mut cpu.arith);
+        return cpu.then(op);
+    }
+    if op.flags & op_flags::LOCK != 0 || cpu.quick_modify::<T>(op, |a, flags| O::apply(a, b, flags)).is_none()
+    {
+        return into_mem_slow::<O, T>(cpu, op, b);
+    }
+    cpu.then(op)
+}
+
+#[inline(never)]
+fn into_mem_slow<O: Binary, T: Int>(cpu: &mut Cpu, op: &Op, b: T) -> Exec {
     if !O::WRITES {
         let lin = cpu.linear(op, T::SIZE, Access::Read)?;
         let a = cpu.load::<T>(lin)?;
@@ -206,6 +230,14 @@ fn unary_reg<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn unary_mem<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    if op.flags & op_flags::LOCK != 0 || cpu.quick_modify::<T>(op, |a, flags| O::apply(a, flags)).is_none() {
+        return unary_mem_slow::<O, T>(cpu, op);
+    }
+    cpu.then(op)
+}
+
+#[inline(never)]
+fn unary_mem_slow<O: Unary, T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Write)?;
     let before = cpu.arith;
     let mut flags = before;

@@ -6,15 +6,16 @@ use crate::mmu::Access;
 use iced_x86::{Code, Mnemonic, OpKind};
 use ringfort_x86::segment::CS;
 
+#[inline(always)]
+fn canonical(address: u64) -> bool {
+    (address << 16) as i64 >> 16 == address as i64
+}
+
 /// `target` as an offset that code may go on at, or #GP(0): canonical in 64-bit code, else within CS's limit.
 #[inline(always)]
 fn target<T: Int>(cpu: &mut Cpu, target: u64) -> Result<u64, Trap> {
     let to = T::from_u64(target).to_u64();
-    let good = if T::SIZE == 8 {
-        (to << 16) as i64 >> 16 == to as i64
-    } else {
-        to <= u64::from(cpu.seg[CS].limit) || cpu.code64()
-    };
+    let good = if T::SIZE == 8 { canonical(to) } else { to <= u64::from(cpu.seg[CS].limit) || cpu.code64() };
     if good { Ok(to) } else { Err(cpu.gp(0)) }
 }
 
@@ -76,6 +77,34 @@ fn call_fault<T: Int>(cpu: &mut Cpu) -> Trap {
     }
 }
 
+/// In 64-bit code: no segment, no masks.
+fn call_rel64(cpu: &mut Cpu, op: &Op) -> Exec {
+    let to = relative(cpu, op);
+    let back = cpu.regs[usize::from(RIP)].wrapping_add(u64::from(op.off) + u64::from(op.len));
+    let sp = cpu.regs[gpr::RSP].wrapping_sub(8);
+    let (true, Some(p)) = (canonical(to), cpu.probe(sp, 8, true)) else { return call_rel::<u64>(cpu, op) };
+    // SAFETY: as in `Cpu::store`.
+    unsafe { p.cast::<u64>().write_unaligned(back) };
+    cpu.regs[gpr::RSP] = sp;
+    cpu.regs[usize::from(RIP)] = to;
+    Ok(Flow::Branch)
+}
+
+/// RET without immediate in 64-bit code.
+fn ret64(cpu: &mut Cpu, op: &Op) -> Exec {
+    let sp = cpu.regs[gpr::RSP];
+    let Some(p) = cpu.probe(sp, 8, false) else { return ret::<u64>(cpu, op) };
+    // SAFETY: as in `Cpu::load`.
+    let to = unsafe { p.cast::<u64>().read_unaligned() };
+    if !canonical(to) {
+        return ret::<u64>(cpu, op);
+    }
+    cpu.regs[gpr::RSP] = sp.wrapping_add(8);
+    cpu.regs[usize::from(RIP)] = to;
+    Ok(Flow::Branch)
+}
+
+#[inline(never)]
 fn call_rel<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     call::<T>(cpu, op, relative(cpu, op))
 }
@@ -91,6 +120,7 @@ fn call_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 /// RET; the immediate (zero without one) is dropped from the stack as well.
+#[inline(never)]
 fn ret<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let sp = cpu.sp();
     let to = cpu.load_stack::<T>(sp)?;
@@ -195,12 +225,14 @@ pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
         M::Jmp if i.is_jmp_short_or_near() => wide!(to, jmp_rel),
         M::Jmp if i.is_jmp_near_indirect() && ctx.mem(0) => wide!(to, jmp_mem),
         M::Jmp if i.is_jmp_near_indirect() => wide!(to, jmp_reg),
+        M::Call if i.is_call_near() && to == 8 => call_rel64,
         M::Call if i.is_call_near() => wide!(to, call_rel),
         M::Call if i.is_call_near_indirect() && ctx.mem(0) => wide!(to, call_mem),
         M::Call if i.is_call_near_indirect() => wide!(to, call_reg),
         M::Ret => match i.code() {
             Code::Retnw | Code::Retnw_imm16 => ret::<u16>,
             Code::Retnd | Code::Retnd_imm16 => ret::<u32>,
+            Code::Retnq => ret64,
             _ => ret::<u64>,
         },
         M::Jcxz | M::Jecxz | M::Jrcxz => counted!(n, to, jcxz),

@@ -20,6 +20,13 @@ fn mov_reg_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn mov_reg_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let Some(v) = cpu.quick_load::<T>(op) else { return mov_reg_mem_slow::<T>(cpu, op) };
+    cpu.set_reg(op.dst, v);
+    cpu.then(op)
+}
+
+#[inline(never)]
+fn mov_reg_mem_slow<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Read)?;
     let v = cpu.load::<T>(lin)?;
     cpu.set_reg(op.dst, v);
@@ -27,12 +34,28 @@ fn mov_reg_mem<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn mov_mem_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    if cpu.quick_store(op, cpu.reg::<T>(op.src)).is_none() {
+        return mov_mem_reg_slow::<T>(cpu, op);
+    }
+    cpu.then(op)
+}
+
+#[inline(never)]
+fn mov_mem_reg_slow<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Write)?;
     cpu.store(lin, cpu.reg::<T>(op.src))?;
     cpu.then(op)
 }
 
 fn mov_mem_imm<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    if cpu.quick_store(op, T::from_u64(op.imm)).is_none() {
+        return mov_mem_imm_slow::<T>(cpu, op);
+    }
+    cpu.then(op)
+}
+
+#[inline(never)]
+fn mov_mem_imm_slow<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, T::SIZE, Access::Write)?;
     cpu.store(lin, T::from_u64(op.imm))?;
     cpu.then(op)
@@ -68,6 +91,13 @@ fn extend_reg<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Exe
 }
 
 fn extend_mem<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
+    let Some(v) = cpu.quick_load::<S>(op) else { return extend_mem_slow::<SIGNED, S, D>(cpu, op) };
+    cpu.set_reg(op.dst, widen::<SIGNED, S, D>(v));
+    cpu.then(op)
+}
+
+#[inline(never)]
+fn extend_mem_slow<const SIGNED: bool, S: Int, D: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let lin = cpu.linear(op, S::SIZE, Access::Read)?;
     let v = cpu.load::<S>(lin)?;
     cpu.set_reg(op.dst, widen::<SIGNED, S, D>(v));

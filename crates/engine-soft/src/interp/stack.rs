@@ -101,21 +101,25 @@ impl Cpu {
 /// 64-bit code, 64-bit operand: no segment, no masks.
 fn push_reg64(cpu: &mut Cpu, op: &Op) -> Exec {
     let sp = cpu.regs[RSP].wrapping_sub(8);
-    let v = cpu.reg::<u64>(op.dst);
-    cpu.store(sp, v).map_err(|t| cpu.on_stack(t))?;
+    let Some(p) = cpu.probe(sp, 8, true) else { return push_reg::<u64>(cpu, op) };
+    // SAFETY: as in `Cpu::store`.
+    unsafe { p.cast::<u64>().write_unaligned(cpu.reg::<u64>(op.dst)) };
     cpu.regs[RSP] = sp;
     cpu.then(op)
 }
 
 fn pop_reg64(cpu: &mut Cpu, op: &Op) -> Exec {
     let sp = cpu.regs[RSP];
-    let v = cpu.load::<u64>(sp).map_err(|t| cpu.on_stack(t))?;
+    let Some(p) = cpu.probe(sp, 8, false) else { return pop_reg::<u64>(cpu, op) };
+    // SAFETY: as in `Cpu::load`.
+    let v = unsafe { p.cast::<u64>().read_unaligned() };
     cpu.regs[RSP] = sp.wrapping_add(8);
     // After the increment: POP RSP keeps what was popped.
     cpu.set_reg(op.dst, v);
     cpu.then(op)
 }
 
+#[inline(never)]
 fn push_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.push(cpu.reg::<T>(op.dst))?;
     cpu.then(op)
@@ -139,6 +143,7 @@ fn push_segment<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.then(op)
 }
 
+#[inline(never)]
 fn pop_reg<T: Int>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.pop::<T>()?;
     cpu.set_reg(op.dst, v);

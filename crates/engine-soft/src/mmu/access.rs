@@ -88,6 +88,50 @@ impl Cpu {
         }
     }
 
+    /// The linear address of `op`'s memory operand where that takes no checks.
+    #[inline(always)]
+    fn quick_linear(&self, op: &Op) -> Option<u64> {
+        let ea = self.effective(op);
+        if op.flags & op_flags::FLAT != 0 {
+            Some(ea)
+        } else if op.flags & op_flags::FLAT32 != 0 {
+            Some(u64::from(ea as u32))
+        } else if op.flags & op_flags::BASED != 0 {
+            debug_assert!(op.seg < 6);
+            // SAFETY: the decoder makes only segment numbers below 6.
+            Some(ea.wrapping_add(unsafe { self.seg.get_unchecked(usize::from(op.seg)) }.base))
+        } else {
+            None
+        }
+    }
+
+    /// Load `op`'s memory operand if that can be done at once. Handlers of frequent instructions try this first and leave everything else
+    /// to a function of its own, so that they need no stack frame.
+    #[inline(always)]
+    pub(crate) fn quick_load<T: Int>(&self, op: &Op) -> Option<T> {
+        let p = self.probe(self.quick_linear(op)?, T::SIZE, false)?;
+        // SAFETY: as in `load`.
+        Some(unsafe { p.cast::<T>().read_unaligned() })
+    }
+
+    /// Store to `op`'s memory operand if that can be done at once.
+    #[inline(always)]
+    pub(crate) fn quick_store<T: Int>(&mut self, op: &Op, v: T) -> Option<()> {
+        let p = self.probe(self.quick_linear(op)?, T::SIZE, true)?;
+        // SAFETY: as in `store`.
+        unsafe { p.cast::<T>().write_unaligned(v) };
+        Some(())
+    }
+
+    /// Change `op`'s memory operand (not atomically) if that can be done at once; `f` gets the flags as well.
+    #[inline(always)]
+    pub(crate) fn quick_modify<T: Int>(&mut self, op: &Op, f: impl FnOnce(T, &mut u16) -> T) -> Option<()> {
+        let p = self.probe(self.quick_linear(op)?, T::SIZE, true)?.cast::<T>();
+        // SAFETY: as in `modify`.
+        unsafe { p.write_unaligned(f(p.read_unaligned(), &mut self.arith)) };
+        Some(())
+    }
+
     /// Read, change, write back: not atomic. Faults before `f` runs, as for a write.
     ///
     /// # Errors
