@@ -4,7 +4,7 @@ use crate::exit;
 use crate::progress::BuildProgress;
 use clap::{Args, ValueHint};
 use ringfort_vmm::Outcome;
-use ringfort_vmm::config::{Accel, Boot, Disk, Net, Serial, VmConfig, parse_size};
+use ringfort_vmm::config::{AccelOption, Boot, Disk, Net, Serial, VmConfig, parse_size};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -33,9 +33,9 @@ pub struct RunArgs {
     /// A disk: path=FILE[,format=raw][,readonly=on][,snapshot=on][,serial=TEXT][,queues=N]; may be repeated
     #[arg(long, value_name = "OPTIONS")]
     disk: Vec<Disk>,
-    /// Engine: auto, kvm or soft
+    /// Engine: auto, kvm, soft, or soft,tier=interp (no translation; for debugging)
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
-    accel: Accel,
+    accel: AccelOption,
     /// CPU model and features, for instance max, host, qemu64,+avx2 or EPYC,-aes
     #[arg(long, value_name = "MODEL[,±FEATURE…]", default_value = "max")]
     cpu: String,
@@ -99,7 +99,8 @@ impl RunArgs {
     fn config(self) -> Result<VmConfig, String> {
         let mut config = VmConfig {
             name: self.name,
-            accel: self.accel,
+            accel: self.accel.accel,
+            tier: self.accel.tier,
             cpu: self.cpu,
             cpus: self.cpus,
             memory: self.memory,

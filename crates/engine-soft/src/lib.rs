@@ -8,6 +8,7 @@
 //! - [`interp`]: the handlers of the integer and system instructions.
 //! - [`native`]: SIMD and x87 instructions, executed by the host's own CPU on the guest's register values.
 //! - [`cache`]: blocks of decoded ops by guest physical address, and how writes to code invalidate them.
+//! - [`translate`]: hot 64-bit blocks as host code.
 //! - [`apic`]: the local APIC and its timer.
 //! - [`vcpu`]: the run loop, and the engine seam's `Hypervisor`, `Vm` and `Vcpu`.
 //!
@@ -15,6 +16,7 @@
 
 pub mod apic;
 pub mod cache;
+mod codemem;
 pub mod cpu;
 pub mod cpuid;
 pub mod decode;
@@ -23,4 +25,5 @@ pub mod mmu;
 pub mod native;
 #[doc(hidden)]
 pub mod testing;
+pub mod translate;
 pub mod vcpu;

@@ -1,7 +1,7 @@
 //! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
 
 use crate::chardev::{Chardev, Input, Output};
-use crate::config::{Accel, Disk, DiskFormat, VmConfig};
+use crate::config::{Accel, Disk, DiskFormat, Tier, VmConfig};
 use crate::error::VmmError;
 use crate::time::{MachineClock, TimerService};
 use crate::vcpus::{VcpuEvent, Vcpus};
@@ -12,6 +12,7 @@ use ringfort_devices::power::PowerSink;
 use ringfort_devices::serial::{Serial, SerialSink};
 use ringfort_devices::{debug_exit, debugcon};
 use ringfort_engine::{EngineError, Hypervisor, Vcpu, Vm};
+use ringfort_engine_soft::vcpu::Tier as SoftTier;
 use ringfort_machine_pc::boot::{Entry, ImageFile, Module};
 use ringfort_machine_pc::layout::Layout;
 use ringfort_machine_pc::{Identity, Pc, PcConfig, PcError, SerialPort};
@@ -62,7 +63,7 @@ impl Machine {
         report: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
         say: &mut dyn FnMut(&str),
     ) -> Result<Machine, VmmError> {
-        let engine = open_engine(config.accel, say)?;
+        let engine = open_engine(config.accel, config.tier, say)?;
         let cpus = describe_cpus(config, engine.as_ref(), say)?;
         let layout = Layout::new(config.memory, cpus.physical_bits())?;
         let memory = layout.allocate()?;
@@ -218,13 +219,17 @@ fn apic_ids(cpus: &CpuBuilder) -> impl Iterator<Item = u32> {
     (0..topology.cpus()).map(move |n| topology.apic_id(n))
 }
 
-fn open_engine(accel: Accel, say: &mut dyn FnMut(&str)) -> Result<Box<dyn Hypervisor>, VmmError> {
+fn open_engine(accel: Accel, tier: Tier, say: &mut dyn FnMut(&str)) -> Result<Box<dyn Hypervisor>, VmmError> {
+    let tier = match tier {
+        Tier::Interp => SoftTier::Interpret,
+        Tier::Translate => SoftTier::Translate,
+    };
     if accel == Accel::Kvm {
         return Err(VmmError::Accel(
             "this version runs guests on the software engine only; give soft or auto".into(),
         ));
     }
-    let engine = ringfort_engine_soft::vcpu::open().map_err(|e| VmmError::Accel(e.to_string()))?;
+    let engine = ringfort_engine_soft::vcpu::open(tier).map_err(|e| VmmError::Accel(e.to_string()))?;
     if accel == Accel::Auto {
         say("engine: soft (this version has no KVM engine)");
     }

@@ -12,6 +12,7 @@ use crate::decode::{self, Fetched, Mode, Op, op_flags};
 use crate::mmu::Access;
 use ringfort_memory::PAGE_SHIFT;
 use ringfort_x86::segment::{CS, DS, ES, SS};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ptr;
@@ -45,12 +46,37 @@ pub struct Block {
     pub ops: Box<[Op]>,
     /// Bytes of guest code.
     pub bytes: u16,
+    /// Guest physical address of the first byte.
+    pub gpa: u64,
+    /// Address of its translation; 0 while it has none.
+    pub code: Cell<usize>,
+    /// Times that the interpreter executed it.
+    pub heat: Cell<u32>,
     stamp: Stamp,
     /// For a block that is one page-crossing instruction: the second page's address and stamp.
     second: Option<(u64, Stamp)>,
 }
 
 impl Block {
+    fn new(ops: Box<[Op]>, bytes: u16, gpa: u64, stamp: Stamp, second: Option<(u64, Stamp)>) -> Block {
+        Block { ops, bytes, gpa, code: Cell::new(0), heat: Cell::new(0), stamp, second }
+    }
+
+    /// Whether all of it lies in one page of RAM.
+    pub fn one_page(&self) -> bool {
+        self.second.is_none()
+    }
+
+    /// Whether the code is still what it was decoded from.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh()
+    }
+
+    /// The page's code word, and its value when the block was decoded.
+    pub fn stamp(&self) -> (*const AtomicU32, u32) {
+        (self.stamp.word, self.stamp.value)
+    }
+
     #[inline(always)]
     fn fresh(&self) -> bool {
         self.stamp.fresh() && self.second.as_ref().is_none_or(|(_, s)| s.fresh())
@@ -105,8 +131,16 @@ impl Default for BlockCache {
 }
 
 impl BlockCache {
-    /// Drop everything.
-    pub fn clear(&mut self) {
+    /// Forget the blocks' translations.
+    pub fn forget_code(&mut self) {
+        for b in self.blocks.values() {
+            b.code.set(0);
+            b.heat.set(0);
+        }
+    }
+
+    /// Drop everything. Translations must go as well.
+    fn clear(&mut self) {
         self.blocks.clear();
         self.jumps.fill(NO_JUMP);
         self.ops = 0;
@@ -272,7 +306,7 @@ impl Cpu {
                 }
             }
         }
-        let block = Block { ops: ops.into(), bytes: used as u16, stamp, second: None };
+        let block = Block::new(ops.into(), used as u16, gpa, stamp, None);
         Ok(self.keep(gpa, block, transient))
     }
 
@@ -309,7 +343,10 @@ impl Cpu {
             }
         };
         let op = self.decode_one(&buf[..head.len() + more], limit)?;
-        let block = Block { bytes: op.len.into(), ops: Box::new([op]), stamp, second };
+        let block = {
+            let len = op.len.into();
+            Block::new(Box::new([op]), len, gpa, stamp, second)
+        };
         Ok(self.keep(gpa, block, transient || second.is_none()))
     }
 
@@ -338,7 +375,10 @@ impl Cpu {
         let op = self.decode_one(&buf[..have], limit)?;
         static ALWAYS: AtomicU32 = AtomicU32::new(0);
         let stamp = Stamp { word: &ALWAYS, value: 0 };
-        let block = Block { bytes: op.len.into(), ops: Box::new([op]), stamp, second: None };
+        let block = {
+            let len = op.len.into();
+            Block::new(Box::new([op]), len, gpa, stamp, None)
+        };
         Ok(self.keep(gpa, block, true))
     }
 
@@ -363,6 +403,7 @@ impl Cpu {
         } else {
             if self.cache.ops > CAPACITY {
                 self.cache.clear();
+                self.drop_translations();
             }
             self.cache.ops += block.ops.len();
             if let Some(old) = self.cache.blocks.insert(gpa << 8 | self.mode_key, block) {

@@ -136,6 +136,8 @@ pub struct Cpu {
     pub mode: crate::decode::Mode,
     /// See [`Mode::key`](crate::decode::Mode::key).
     pub mode_key: u64,
+    /// What translated code looks at.
+    pub hot: crate::translate::Hot,
     /// SSE and AVX registers.
     pub vec: Vectors,
     /// x87 and MMX.
@@ -213,6 +215,8 @@ pub struct Cpu {
     pub masks: ControlMasks,
     /// PAUSEs since the last offer of the core.
     pub pauses: u32,
+    /// Translated blocks; none while only the interpreter is to run.
+    pub translator: Option<Box<crate::translate::Translator>>,
     /// Decoded blocks.
     pub cache: crate::cache::BlockCache,
     /// Instructions that CPUID declares.

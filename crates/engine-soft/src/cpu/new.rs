@@ -22,6 +22,8 @@ impl Cpu {
             current: std::ptr::null(),
             mode: crate::decode::Mode { code: CodeSize::Bits16, stack: 2, flat: false },
             mode_key: 0,
+            hot: crate::translate::Hot::new(&env.me.requests),
+            translator: None,
             vec: Vectors { ymm: [Ymm::default(); 16], mxcsr: 0x1f80 },
             fpu: Fpu { image: [0; 512], fip: 0, fcs: 0, fdp: 0, fds: 0, fop: 0 },
             mmu: Mmu::new(ram, maxphyaddr),

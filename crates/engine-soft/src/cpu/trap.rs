@@ -9,6 +9,13 @@ use ringfort_x86::Vector;
 #[must_use]
 pub struct Trap(());
 
+impl Trap {
+    /// The token of an exception that translated code carried out as an exit code; its details are in [`Cpu::trap`].
+    pub(crate) fn carried() -> Trap {
+        Trap(())
+    }
+}
+
 /// The details of a raised exception.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TrapInfo {

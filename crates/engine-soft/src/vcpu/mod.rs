@@ -13,4 +13,4 @@ mod tests;
 pub use env::{Counters, Env, VcpuShared, VmShared, request};
 pub use paravirt::{Paravirt, feature, paravirt_features};
 pub(crate) use paravirt::{is_kvm, lower};
-pub use seam::{SoftHypervisor, open};
+pub use seam::{SoftHypervisor, Tier, open};

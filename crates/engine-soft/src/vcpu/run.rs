@@ -2,6 +2,7 @@
 
 use crate::cpu::{Activity, Cpu, RIP, Shadow, Trap, TrapInfo};
 use crate::decode::{Exec, Flow, Op};
+use crate::translate::After;
 use ringfort_engine::VcpuExit;
 use ringfort_x86::cr::DR6_BS;
 use ringfort_x86::flags::{RF, TF};
@@ -43,26 +44,40 @@ impl Cpu {
             if (self.env.me.requests.load(Ordering::Relaxed) != 0) | (self.activity != Activity::Running) {
                 return most - done;
             }
-            self.step_block();
+            if self.step_block() {
+                return 0;
+            }
         }
         0
     }
 
-    /// Execute one block, or one instruction where something must happen between instructions.
+    /// Execute one block (translated ones go on to others), or one instruction where something must happen between instructions. True if
+    /// it is time to look at the clock.
     #[inline]
-    pub fn step_block(&mut self) {
+    pub fn step_block(&mut self) -> bool {
         if self.step_by_step() {
-            return self.step_single();
+            self.step_single();
+            return false;
         }
-        if let Err((trap, op)) = self.execute_block() {
-            self.deliver_trap(trap, op);
+        match self.execute_block() {
+            Ok(clock) => clock,
+            Err((trap, op)) => {
+                self.deliver_trap(trap, op);
+                false
+            }
         }
     }
 
-    /// Execute the block at CS:RIP. What its fetch or one of its ops raised comes back, with the op.
+    /// Execute the block at CS:RIP. True as for [`Cpu::step_block`]. What its fetch or one of its ops raised comes back, with the op.
     #[inline(always)]
-    fn execute_block(&mut self) -> Result<(), (Trap, Option<*const Op>)> {
+    fn execute_block(&mut self) -> Result<bool, (Trap, Option<*const Op>)> {
         let block = self.find_block(false).map_err(|t| (t, None))?;
+        match self.run_translated(block) {
+            None => {}
+            Some(After::GoOn) => return Ok(false),
+            Some(After::Poll) => return Ok(true),
+            Some(After::Trap(op)) => return Err((Trap::carried(), Some(op))),
+        }
         // SAFETY: the cache keeps a block until another is decoded, which no op does.
         let ops = unsafe { &(*block).ops };
         self.block_end = ops.as_ptr_range().end;
@@ -85,7 +100,7 @@ impl Cpu {
                 Ok(Flow::EndBlock) => self.advance(op),
                 Err(t) => return Err((t, Some(op))),
             }
-            return Ok(());
+            return Ok(false);
         }
     }
 
@@ -229,6 +244,6 @@ impl Cpu {
     #[doc(hidden)]
     pub fn step_block_undelivered(&mut self) -> Result<(), TrapInfo> {
         self.shadow = Shadow::None;
-        self.execute_block().map_err(|(t, op)| self.settle_trap(t, op))
+        self.execute_block().map(drop).map_err(|(t, op)| self.settle_trap(t, op))
     }
 }

@@ -4,6 +4,7 @@ use super::env::{Env, VcpuShared, VmShared, request};
 use super::time::HostClock;
 use crate::apic::Message;
 use crate::cpu::{Activity, Cpu, RIP};
+use crate::translate::Translator;
 use ringfort_engine::{
     Capabilities, CpuState, CpuidTable, EngineError, Hypervisor, Kick, MachineBus, MpState, Vcpu, VcpuExit,
     Vm,
@@ -16,8 +17,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Most vCPUs of a VM: xAPIC IDs 0 to 254.
 const MAX_VCPUS: u32 = 255;
 
+/// How guest code is executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tier {
+    /// Cold code by the interpreter, hot code translated.
+    #[default]
+    Translate,
+    /// All code by the interpreter, for debugging.
+    Interpret,
+}
+
 /// The software engine.
 pub struct SoftHypervisor {
+    tier: Tier,
     capabilities: Capabilities,
 }
 
@@ -25,7 +37,7 @@ pub struct SoftHypervisor {
 ///
 /// # Errors
 /// [`EngineError::Unavailable`] when the host lacks what the engine needs.
-pub fn open() -> Result<SoftHypervisor, EngineError> {
+pub fn open(tier: Tier) -> Result<SoftHypervisor, EngineError> {
     if !crate::native::available() {
         return Err(EngineError::Unavailable {
             engine: "soft",
@@ -41,7 +53,7 @@ pub fn open() -> Result<SoftHypervisor, EngineError> {
         tsc_khz: u32::try_from(clock.hz() / 1000).unwrap_or(u32::MAX),
         cpuid: crate::cpuid::offered().clone(),
     };
-    Ok(SoftHypervisor { capabilities })
+    Ok(SoftHypervisor { tier, capabilities })
 }
 
 impl Hypervisor for SoftHypervisor {
@@ -56,6 +68,7 @@ impl Hypervisor for SoftHypervisor {
     fn create_vm(&self, memory: GuestMemory, bus: Arc<dyn MachineBus>) -> Result<Arc<dyn Vm>, EngineError> {
         Ok(Arc::new(SoftVm {
             shared: Arc::new(VmShared::new()),
+            tier: self.tier,
             ram: RamMap::new(&memory),
             bus,
             creating: Mutex::default(),
@@ -64,6 +77,7 @@ impl Hypervisor for SoftHypervisor {
 }
 
 struct SoftVm {
+    tier: Tier,
     shared: Arc<VmShared>,
     ram: RamMap,
     bus: Arc<dyn MachineBus>,
@@ -89,6 +103,14 @@ impl Vm for SoftVm {
         let bus = Arc::new(CountingBus { bus: self.bus.clone(), me: me.clone() });
         let env = Env { bus, vm: self.shared.clone(), me: me.clone() };
         let mut cpu = Cpu::new(self.ram.clone(), cpuid, env);
+        if self.tier == Tier::Translate {
+            let translator = Translator::new();
+            cpu.translator =
+                Some(translator.map_err(|source| EngineError::Host {
+                    what: "memory for translated code".into(),
+                    source,
+                })?);
+        }
         cpu.activity = at_reset(apic_id);
         let epoch = cpu.enter_sleep();
         self.shared.add_vcpu(me);

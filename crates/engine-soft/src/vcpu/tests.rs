@@ -1,6 +1,6 @@
 //! Small guests on several vCPUs, through the engine seam: from the reset vector by real and protected mode into 64-bit code.
 
-use super::open;
+use super::{Tier, open};
 use crate::testing::host_cpuid;
 use ringfort_engine::{CpuidTable, Hypervisor, Kick, MachineBus, Vcpu, VcpuExit, Vm};
 use ringfort_memory::{Bytes, GuestAddress, GuestMemory};
@@ -176,7 +176,7 @@ impl Running {
         word(at::ROUNDS, rounds.into());
         let (tx, reports) = channel();
         let bus = Arc::new(TestBus { reports: Mutex::new(tx), eois: Mutex::default() });
-        let vm = open().unwrap().create_vm(memory.clone(), bus.clone()).unwrap();
+        let vm = open(Tier::default()).unwrap().create_vm(memory.clone(), bus.clone()).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let made = Mutex::new((0..cpus).map(|id| vm.create_vcpu(id, cpuid(id)).unwrap()).collect());
         let (give_back, vcpus) = channel();
@@ -415,7 +415,7 @@ fn a_kick_is_sticky_and_ends_any_wait() {
     let memory = ringfort_memory::allocate(&[(0, 1 << 20)]).unwrap();
     let (tx, _rx) = channel();
     let bus = Arc::new(TestBus { reports: Mutex::new(tx), eois: Mutex::default() });
-    let vm = open().unwrap().create_vm(memory, bus).unwrap();
+    let vm = open(Tier::default()).unwrap().create_vm(memory, bus).unwrap();
     let mut ap = vm.create_vcpu(1, cpuid(1)).unwrap();
     let kick = ap.kicker();
     kick.kick();

@@ -34,6 +34,26 @@ pub enum Accel {
     Soft,
 }
 
+/// How the software engine executes guest code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    /// Hot code translated, the rest interpreted.
+    #[default]
+    Translate,
+    /// All interpreted, for debugging.
+    Interp,
+}
+
+/// What `--accel` says: an engine, and for the software engine how it works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AccelOption {
+    /// The engine.
+    pub accel: Accel,
+    /// How the software engine works.
+    pub tier: Tier,
+}
+
 /// What to start.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -113,6 +133,8 @@ pub struct VmConfig {
     pub name: String,
     /// Engine.
     pub accel: Accel,
+    /// How the software engine executes guest code.
+    pub tier: Tier,
     /// CPU model with features: `MODEL[,+feature,-feature…]`.
     pub cpu: String,
     /// vCPUs.
@@ -136,6 +158,7 @@ impl Default for VmConfig {
         VmConfig {
             name: "guest".into(),
             accel: Accel::Auto,
+            tier: Tier::Translate,
             cpu: "max".into(),
             cpus: 1,
             memory: 1 << 30,

@@ -1,6 +1,6 @@
 //! `key=value,key=value` options of the command line.
 
-use super::{Accel, Disk, DiskFormat, Net, Serial};
+use super::{Accel, AccelOption, Disk, DiskFormat, Net, Serial, Tier};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -130,6 +130,26 @@ impl FromStr for Accel {
     }
 }
 
+impl FromStr for AccelOption {
+    type Err = ParseError;
+
+    /// `auto`, `kvm`, `soft`, `soft,tier=translate`, `soft,tier=interp`.
+    fn from_str(text: &str) -> Result<AccelOption, ParseError> {
+        let (engine, options) = text.split_once(',').map_or((text, None), |(e, o)| (e, Some(o)));
+        let accel: Accel = engine.parse()?;
+        let tier = match options {
+            None => Tier::default(),
+            Some(_) if accel != Accel::Soft => {
+                return Err(ParseError(format!("'{text}': only soft takes options")));
+            }
+            Some("tier=translate") => Tier::Translate,
+            Some("tier=interp") => Tier::Interp,
+            Some(o) => return Err(ParseError(format!("'{o}': give tier=translate or tier=interp"))),
+        };
+        Ok(AccelOption { accel, tier })
+    }
+}
+
 impl FromStr for Net {
     type Err = ParseError;
 
@@ -163,6 +183,16 @@ mod tests {
         ] {
             let e = bad.parse::<Disk>().unwrap_err().to_string();
             assert!(e.contains(says), "{bad}: {e}");
+        }
+    }
+
+    #[test]
+    fn engines() {
+        let soft = |tier| Ok(AccelOption { accel: Accel::Soft, tier });
+        assert_eq!("soft".parse(), soft(Tier::Translate));
+        assert_eq!("soft,tier=interp".parse(), soft(Tier::Interp));
+        for bad in ["tcg", "kvm,tier=interp", "soft,tier=fast", "soft,", ""] {
+            assert!(bad.parse::<AccelOption>().is_err(), "{bad}");
         }
     }
 
