@@ -161,7 +161,7 @@ pub enum After {
 impl Cpu {
     /// Execute `block` by translated code, if it has some or is hot enough to get some; `None` if the interpreter is to do it.
     #[inline]
-    pub fn run_translated(&mut self, block: *const Block) -> Option<After> {
+    pub(crate) fn run_translated(&mut self, block: *const Block) -> Option<After> {
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
         if b.code.get() == 0 {

@@ -171,7 +171,7 @@ mod tests {
         assert_eq!(d.path, PathBuf::from("/a,b=c.img"));
         assert!(d.readonly && !d.snapshot && d.serial.as_deref() == Some("X1"));
         let d: Disk = "disk.img,snapshot".parse().unwrap();
-        assert!(d.snapshot && d.path == PathBuf::from("disk.img"));
+        assert!(d.snapshot && d.path == *"disk.img");
         for (bad, says) in [
             ("", "needs"),
             ("format=raw", "path"),
