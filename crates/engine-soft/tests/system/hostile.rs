@@ -124,7 +124,9 @@ fn torture(mode: TestMode, seeds: std::ops::Range<u64>) {
                 g.set_rip(layout::CODE.wrapping_sub(g.m.cpu.seg[1].base).wrapping_add(r.u64(0..0xf00)));
             }
             match g.cpu().activity {
-                Activity::Running => g.cpu().step_block(),
+                Activity::Running => {
+                    g.cpu().step_block();
+                }
                 Activity::Shutdown => break,
                 _ => g.cpu().activity = Activity::Running,
             }

@@ -121,7 +121,9 @@ impl Guest {
     pub fn run(&mut self) -> End {
         for _ in 0..LIMIT {
             match self.m.cpu.activity {
-                Activity::Running => self.m.cpu.step_block(),
+                Activity::Running => {
+                    self.m.cpu.step_block();
+                }
                 Activity::Shutdown => return End::Shutdown,
                 _ => {
                     self.m.cpu.activity = Activity::Running;
