@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Most ops in a block.
 const MAX_OPS: usize = 48;
 /// Entries of the jump cache.
-const JUMPS: usize = 4096;
+const JUMPS: usize = 16384;
 /// Ops held before the cache is emptied.
 const CAPACITY: usize = 400_000;
 
@@ -115,6 +115,10 @@ pub struct BlockCache {
     jumps: Box<[Jump; JUMPS]>,
     /// A block that must not be found again: its bytes are not in RAM.
     transient: Option<Box<Block>>,
+    /// Blocks that others have taken the place of; kept until the cache is emptied.
+    #[allow(clippy::vec_box, reason = "as for `blocks`")]
+    replaced: Vec<Box<Block>>,
+    /// Ops in all of these.
     ops: usize,
     /// Blocks decoded so far.
     pub decoded: u64,
@@ -126,14 +130,21 @@ unsafe impl Send for BlockCache {}
 impl Default for BlockCache {
     fn default() -> Self {
         let blocks = HashMap::default();
-        BlockCache { blocks, jumps: Box::new([NO_JUMP; JUMPS]), transient: None, ops: 0, decoded: 0 }
+        BlockCache {
+            blocks,
+            jumps: Box::new([NO_JUMP; JUMPS]),
+            transient: None,
+            replaced: Vec::new(),
+            ops: 0,
+            decoded: 0,
+        }
     }
 }
 
 impl BlockCache {
     /// Forget the blocks' translations.
     pub fn forget_code(&mut self) {
-        for b in self.blocks.values() {
+        for b in self.blocks.values().chain(&self.replaced) {
             b.code.set(0);
             b.heat.set(0);
         }
@@ -143,6 +154,7 @@ impl BlockCache {
     fn clear(&mut self) {
         self.blocks.clear();
         self.jumps.fill(NO_JUMP);
+        self.replaced.clear();
         self.ops = 0;
     }
 }
@@ -407,11 +419,8 @@ impl Cpu {
             }
             self.cache.ops += block.ops.len();
             if let Some(old) = self.cache.blocks.insert(gpa << 8 | self.mode_key, block) {
-                // Jump-cache entries may still point to the old block.
-                let old: *const Block = &raw const *old;
-                for j in self.cache.jumps.iter_mut().filter(|j| ptr::eq(j.block, old)) {
-                    *j = NO_JUMP;
-                }
+                // Jump-cache entries may still point to it; they find it stale, or their context has changed.
+                self.cache.replaced.push(old);
             }
         }
         at
