@@ -27,6 +27,7 @@ pub fn of(i: &Instruction) -> Use {
     let by_count = matches!(
         i.mnemonic(),
         Mnemonic::Shl
+            | Mnemonic::Sal
             | Mnemonic::Shr
             | Mnemonic::Sar
             | Mnemonic::Rol

@@ -9,7 +9,7 @@ mod compare;
 mod generate;
 mod native;
 
-use compare::Bench;
+use compare::{Bench, Way};
 use fastrand::Rng;
 use iced_x86::{Code, Encoder, EncodingKind, FlowControl, Mnemonic as M};
 
@@ -168,10 +168,10 @@ fn codes(wanted: Group) -> Vec<Code> {
 }
 
 /// Compare every form of a group; `states` per form by default.
-fn compare_group(wanted: Group, states: u64) {
+fn compare_group(wanted: Group, states: u64, way: Way) {
     let states = setting("RINGFORT_DIFF_CASES", states);
     let seed = setting("RINGFORT_DIFF_SEED", 1);
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(way);
     let (mut cases, mut forms, mut missing) = (0u64, 0u64, Vec::new());
     for code in codes(wanted) {
         let mut rng = Rng::with_seed(seed ^ (code as u64) << 32);
@@ -205,34 +205,53 @@ fn compare_group(wanted: Group, states: u64) {
 
 #[test]
 fn integer_instructions() {
-    compare_group(Group::Integer, 600);
+    compare_group(Group::Integer, 600, Way::Steps);
 }
 
 #[test]
 fn vector_instructions() {
-    compare_group(Group::Vector, 200);
+    compare_group(Group::Vector, 200, Way::Steps);
 }
 
 #[test]
 fn x87_instructions() {
-    compare_group(Group::X87, 800);
+    compare_group(Group::X87, 800, Way::Steps);
 }
 
 #[test]
 fn integer_sequences() {
-    sequences(&[Group::Integer], setting("RINGFORT_DIFF_CASES", 400) * 50);
+    sequences(&[Group::Integer], setting("RINGFORT_DIFF_CASES", 400) * 50, Way::Blocks);
 }
 
 /// Vector, MMX and x87 instructions between integer ones.
 #[test]
 fn mixed_sequences() {
-    sequences(&[Group::Vector, Group::X87, Group::Integer], setting("RINGFORT_DIFF_CASES", 400) * 50);
+    sequences(
+        &[Group::Vector, Group::X87, Group::Integer],
+        setting("RINGFORT_DIFF_CASES", 400) * 50,
+        Way::Blocks,
+    );
+}
+
+/// The same by translated code.
+#[test]
+fn translated_instructions() {
+    compare_group(Group::Integer, 200, Way::Translated);
+    compare_group(Group::Vector, 40, Way::Translated);
+    compare_group(Group::X87, 40, Way::Translated);
+}
+
+#[test]
+fn translated_sequences() {
+    let cases = setting("RINGFORT_DIFF_CASES", 400) * 50;
+    sequences(&[Group::Integer], cases, Way::Translated);
+    sequences(&[Group::Vector, Group::X87, Group::Integer], cases, Way::Translated);
 }
 
 /// Several instructions in a row, so that what one leaves is what the next finds.
-fn sequences(groups: &[Group], cases: u64) {
+fn sequences(groups: &[Group], cases: u64, way: Way) {
     let mut rng = Rng::with_seed(setting("RINGFORT_DIFF_SEED", 1));
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(way);
     let codes: Vec<Code> = groups
         .iter()
         .flat_map(|&g| codes(g))
@@ -240,6 +259,7 @@ fn sequences(groups: &[Group], cases: u64) {
         .filter(|&c| c.flow_control() == FlowControl::Next && c != Code::Movsxd_r16_rm16)
         // Without what would enter AMD's misaligned SSE mode, which the guest does not have.
         .filter(|c| !matches!(c.mnemonic(), M::Ldmxcsr | M::Vldmxcsr))
+        .filter(|c| way != Way::Translated || !Bench::loose_flags(c.mnemonic()))
         .collect();
     for _ in 0..cases {
         let mut parts = Vec::new();
@@ -261,7 +281,7 @@ fn sequences(groups: &[Group], cases: u64) {
 /// Whatever CPUID declares is executed by something, in every width of code; privileged instructions included.
 #[test]
 fn every_declared_instruction_has_a_handler() {
-    let bench = Bench::new();
+    let bench = Bench::new(Way::Steps);
     let mut rng = Rng::with_seed(7);
     let mut without = Vec::new();
     let mut checked = 0;
@@ -299,7 +319,7 @@ fn every_declared_instruction_has_a_handler() {
 #[test]
 fn a_wrong_result_is_noticed() {
     let mut rng = Rng::with_seed(3);
-    let mut bench = Bench::new();
+    let mut bench = Bench::new(Way::Steps);
     let g = loop {
         if let Some(g) = generate::instruction(Code::Add_r64_rm64, &mut rng, native::CODE)
             && g.pointer.is_none()
