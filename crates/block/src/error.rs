@@ -54,6 +54,30 @@ pub enum BlockError {
         /// What was found.
         found: &'static str,
     },
+    /// The metadata cannot be right.
+    #[error("disk image {}: damaged: {what}; see what `ringfort img check` says, or restore a backup", path.display())]
+    Damaged {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// Something that is not supported.
+    #[error("disk image {}: uses {what}, which is not supported; convert it with the program that made it", path.display())]
+    Feature {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        what: String,
+    },
+    /// An image whose format nobody vouches for names another file.
+    #[error("disk image {}: names another file ({name}), but the image on top of it does not say its format, so that this may be a guest's doing; say it: ringfort img rebase -u -F FORMAT -b {} IMAGE", path.display(), path.display())]
+    Reference {
+        /// The image.
+        path: PathBuf,
+        /// What it names.
+        name: String,
+    },
     /// Any other refusal of the host.
     #[error("disk image {}: {action}: {source}", path.display())]
     Host {

@@ -30,7 +30,7 @@ pub struct RunArgs {
     /// Number of vCPUs, 1 to 16
     #[arg(long, short, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// A disk: path=FILE[,format=raw][,readonly=on][,snapshot=on][,serial=TEXT][,queues=N]; may be repeated
+    /// A disk: path=FILE[,format=raw|qcow2][,readonly=on][,snapshot=on][,serial=TEXT][,queues=N]; may be repeated
     #[arg(long, value_name = "OPTIONS")]
     disk: Vec<Disk>,
     /// Engine: auto, kvm, soft, or soft,tier=interp (no translation; for debugging)

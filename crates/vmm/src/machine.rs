@@ -273,10 +273,12 @@ fn open_file(option: &str, path: &Path) -> Result<File, VmmError> {
 
 fn open_disk(disk: &Disk, cpus: u32) -> Result<Blk, String> {
     let options = ImageOptions {
-        format: disk.format.map(|DiskFormat::Raw| Format::Raw),
+        format: disk.format.map(|f| match f {
+            DiskFormat::Raw => Format::Raw,
+            DiskFormat::Qcow2 => Format::Qcow2,
+        }),
         read_only: disk.readonly || disk.snapshot,
-        direct: false,
-        lock: true,
+        ..ImageOptions::default()
     };
     let mut backend: Arc<dyn BlockBackend> = open_image(&disk.path, &options).map_err(|e| e.to_string())?;
     if disk.snapshot {

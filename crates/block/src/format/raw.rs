@@ -5,8 +5,8 @@
 
 use crate::storage::FileStorage;
 use crate::{
-    BlockBackend, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, slice_of_mut, total,
-    total_mut,
+    BlockBackend, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, gather, slice_of,
+    slice_of_mut, total, total_mut,
 };
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,13 +15,44 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Raw {
     storage: FileStorage,
     size: AtomicU64,
+    /// Refuse writes that would make it look like another format.
+    guarded: bool,
 }
 
 impl Raw {
     /// The disk that `storage` is.
     pub fn new(storage: FileStorage) -> Raw {
         let size = storage.len().next_multiple_of(SECTOR_SIZE);
-        Raw { storage, size: AtomicU64::new(size) }
+        Raw { storage, size: AtomicU64::new(size), guarded: false }
+    }
+
+    /// As [`new`](Self::new) for a file that only its first bytes say to be raw: writes that would make it look like
+    /// another format, to be taken for that at the next start, are refused.
+    pub fn guarded(storage: FileStorage) -> Raw {
+        Raw { guarded: true, ..Raw::new(storage) }
+    }
+
+    /// The data to write, if it may be: checked in a copy, which no guest can change any more.
+    fn checked<T>(
+        &self,
+        bufs: &[SharedSlice<'_>],
+        offset: u64,
+        write: impl FnOnce(&[SharedSlice<'_>]) -> io::Result<T>,
+    ) -> io::Result<T> {
+        if !self.guarded || offset >= SECTOR_SIZE {
+            return write(bufs);
+        }
+        let mut head = [0; SECTOR_SIZE as usize];
+        let there = self.storage.len().min(SECTOR_SIZE) as usize;
+        self.storage.read(&[SharedSliceMut::new(&mut head[..there])], 0)?;
+        let n = gather(&slice_of(bufs, 0, SECTOR_SIZE - offset), &mut head[offset as usize..]);
+        if super::looks_formatted(&head) {
+            return Err(io::Error::from_raw_os_error(libc::EPERM));
+        }
+        let copy = &head[offset as usize..offset as usize + n];
+        let mut parts = vec![SharedSlice::new(copy)];
+        parts.extend(slice_of(bufs, n as u64, total(bufs) - n as u64));
+        write(&parts)
     }
 
     fn writable(&self) -> io::Result<()> {
@@ -80,7 +111,7 @@ impl BlockBackend for Raw {
     fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
         self.writable()?;
         check_range(self.size(), offset, total(bufs))?;
-        self.storage.write(bufs, offset)
+        self.checked(bufs, offset, |b| self.storage.write(b, offset))
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -55,6 +55,18 @@ impl FileStorage {
     /// # Errors
     /// [`BlockError`] says what is wrong with the file.
     pub fn open(path: &Path, options: StorageOptions) -> Result<FileStorage, BlockError> {
+        let storage = FileStorage::open_any_size(path, options)?;
+        if storage.is_empty() {
+            return Err(BlockError::Empty(path.into()));
+        }
+        Ok(storage)
+    }
+
+    /// As [`open`](Self::open), for files that may be empty: new ones, and data files.
+    ///
+    /// # Errors
+    /// [`BlockError`] says what is wrong with the file.
+    pub fn open_any_size(path: &Path, options: StorageOptions) -> Result<FileStorage, BlockError> {
         // Look first: opening a FIFO would wait, and a directory gives a worse message.
         let meta = std::fs::metadata(path).map_err(|e| open_error(path, options, e))?;
         let kind = meta.file_type();
@@ -107,9 +119,6 @@ impl FileStorage {
         } else {
             (meta.len(), SECTOR_SIZE as u32, (meta.blksize() as u32).clamp(512, 4096))
         };
-        if len == 0 {
-            return Err(BlockError::Empty(path.into()));
-        }
         let physical = if physical.is_power_of_two() { physical } else { 4096 };
         let direct = options.direct.then(|| {
             Direct::new(if block_device { u64::from(sector) } else { file_direct_alignment(&file) })
@@ -149,6 +158,15 @@ impl FileStorage {
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
         }
+    }
+
+    /// What tells this file from all others: device and inode.
+    ///
+    /// # Errors
+    /// [`BlockError::Host`].
+    pub fn identity(&self) -> Result<(u64, u64), BlockError> {
+        let meta = self.file.metadata().map_err(|e| BlockError::host(&self.path, "cannot examine", e))?;
+        Ok((meta.dev(), meta.ino()))
     }
 
     /// The file's name.

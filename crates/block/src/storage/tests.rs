@@ -52,7 +52,8 @@ fn bad_files_are_named_with_the_way_out() {
     let mut qcow = vec![0; 1024];
     qcow[..4].copy_from_slice(b"QFI\xfb");
     let qcow = dir.file("q.qcow2", &qcow);
-    assert!(message(&qcow, options).contains("qcow2 format"));
+    assert!(message(&qcow, options).contains("qcow2 version 0"));
+    assert!(message(&dir.file("v.vmdk", b"KDMV"), options).contains("vmdk format"));
     let raw = ImageOptions { format: Some("raw".parse().unwrap()), ..options };
     assert_eq!(&read(&*open_image(&qcow, &raw).unwrap(), 0, 4), b"QFI\xfb");
     assert!("qcow9".parse::<crate::Format>().unwrap_err().contains("qcow9"));

@@ -74,6 +74,8 @@ pub struct Boot {
 pub enum DiskFormat {
     /// The file's bytes are the disk's.
     Raw,
+    /// QEMU's qcow2, with its backing files.
+    Qcow2,
 }
 
 /// One disk.

@@ -38,7 +38,7 @@ fn switch(key: &str, value: Option<&str>) -> Result<bool, ParseError> {
 impl FromStr for Disk {
     type Err = ParseError;
 
-    /// `path=F[,format=raw][,readonly=on][,snapshot=on][,serial=S][,queues=N]`, or just a path.
+    /// `path=F[,format=raw|qcow2][,readonly=on][,snapshot=on][,serial=S][,queues=N]`, or just a path.
     fn from_str(text: &str) -> Result<Disk, ParseError> {
         let mut disk = Disk {
             path: PathBuf::new(),
@@ -63,10 +63,9 @@ impl FromStr for Disk {
                 "format" => {
                     disk.format = Some(match need()? {
                         "raw" => DiskFormat::Raw,
+                        "qcow2" => DiskFormat::Qcow2,
                         other => {
-                            return Err(ParseError(format!(
-                                "format={other}: this version reads raw images only"
-                            )));
+                            return Err(ParseError(format!("format={other}: the formats are raw and qcow2")));
                         }
                     });
                 }
@@ -176,7 +175,7 @@ mod tests {
             ("", "needs"),
             ("format=raw", "path"),
             ("path=", "value"),
-            ("path=x,format=qcow9", "raw images only"),
+            ("path=x,format=qcow9", "raw and qcow2"),
             ("path=x,readonly=maybe", "on or off"),
             ("path=x,colour=red", "unknown disk option 'colour'"),
             ("path=x,queues=many", "number"),

@@ -1,0 +1,400 @@
+//! qcow2, versions 2 and 3 (QEMU docs/interop/qcow2.txt).
+//!
+//! Written for crash safety first. Metadata changes gather in memory and go out together (see `commit`), ordered so
+//! that a crash at any moment leaks clusters at worst. Data of a new cluster is written before its L2 entry exists.
+//! Any number of threads may read and write: the metadata lock is held for look-ups only, never over data I/O.
+//!
+//! Locks, in the order in which they are taken:
+//! 1. `committing`: one commit at a time.
+//! 2. `gate`: shared by every request for as long as it uses host offsets; taken alone before freed clusters may be
+//!    used again, so that no late request reaches a cluster that has become another's.
+//! 3. `meta`: the tables.
+
+pub mod check;
+mod compress;
+pub mod create;
+pub mod header;
+mod io_path;
+mod meta;
+pub mod snapshot;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use create::{CreateOptions, create};
+pub use header::Header;
+pub use io_path::{Extent, ExtentKind};
+
+use crate::storage::{FileStorage, StorageOptions};
+use crate::{
+    BlockBackend, BlockError, ImageOptions, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range,
+};
+use crate::{total, total_mut};
+use header::{AUTOCLEAR_RAW_DATA, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY};
+use meta::Meta;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use table::{Piece, write_pieces};
+
+/// Freed clusters that may wait for the next flush before a commit is made for them.
+const MAX_PENDING: usize = 4096;
+
+/// Facts that do not change while an image is open.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    cluster: u64,
+    /// Subclusters in a cluster: 1 or 32.
+    subs: u64,
+    version: u32,
+    external: bool,
+}
+
+/// An open image.
+pub struct Qcow2 {
+    file: FileStorage,
+    data: Option<FileStorage>,
+    backing: Option<Arc<dyn BlockBackend>>,
+    shape: Shape,
+    read_only: bool,
+    size: AtomicU64,
+    meta: Mutex<Meta>,
+    settled: Condvar,
+    gate: RwLock<()>,
+    committing: Mutex<()>,
+    unpacked: compress::Cache,
+    /// A commit is due although nobody asked for one: memory for tables or the list of freed clusters is full.
+    overdue: AtomicBool,
+}
+
+impl Qcow2 {
+    /// Open an image with its backing chain and data file.
+    ///
+    /// # Errors
+    /// [`BlockError`] names the file and the way out.
+    pub fn open(storage: FileStorage, options: &ImageOptions) -> Result<Qcow2, BlockError> {
+        let chain = super::Chain::start(&storage)?;
+        Qcow2::open_in(storage, options, &chain)
+    }
+
+    pub(super) fn open_in(
+        storage: FileStorage,
+        options: &ImageOptions,
+        chain: &super::Chain,
+    ) -> Result<Qcow2, BlockError> {
+        let header = Header::read(&storage)?;
+        let backing = match &header.backing {
+            Some(name) if options.backing => {
+                Some(super::open_backing(&storage, name, header.backing_format.as_deref(), options, chain)?)
+            }
+            _ => None,
+        };
+        Qcow2::with_backing(storage, header, backing, options)
+    }
+
+    /// Open an image on a given backing disk.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn with_backing(
+        storage: FileStorage,
+        header: Header,
+        backing: Option<Arc<dyn BlockBackend>>,
+        options: &ImageOptions,
+    ) -> Result<Qcow2, BlockError> {
+        let path: PathBuf = storage.path().into();
+        let damaged = |what: String| BlockError::Damaged { path: path.clone(), what };
+        let writable = !options.read_only;
+        if header.incompatible & INCOMPAT_CORRUPT != 0 && writable && !options.repairing {
+            return Err(damaged("it is marked as corrupt".into()));
+        }
+        let data = match (&header.data_file, header.incompatible & INCOMPAT_DATA_FILE != 0) {
+            (Some(name), true) => {
+                if options.format.is_none() && !options.backing_trusted {
+                    return Err(BlockError::Reference { path, name: name.clone() });
+                }
+                let options = StorageOptions {
+                    read_only: options.read_only,
+                    direct: options.direct,
+                    lock: options.lock,
+                };
+                Some(FileStorage::open_any_size(&super::relative_to(storage.path(), name), options)?)
+            }
+            (None, true) => return Err(damaged("it has an external data file, but does not name it".into())),
+            _ => None,
+        };
+        let host = |e| BlockError::host(&path, "cannot read the tables", e);
+        let size = header.size.next_multiple_of(SECTOR_SIZE);
+        let shape = Shape {
+            cluster: header.cluster_size(),
+            subs: if header.extended_l2() { 32 } else { 1 },
+            version: header.version,
+            external: data.is_some(),
+        };
+        let dirty = header.incompatible & INCOMPAT_DIRTY != 0;
+        let meta = Meta::load(header, &storage, writable).map_err(host)?;
+        let image = Qcow2 {
+            file: storage,
+            data,
+            backing,
+            shape,
+            read_only: options.read_only,
+            size: AtomicU64::new(size),
+            meta: Mutex::new(meta),
+            settled: Condvar::new(),
+            gate: RwLock::new(()),
+            committing: Mutex::new(()),
+            unpacked: compress::Cache::new(shape.cluster),
+            overdue: AtomicBool::new(false),
+        };
+        if writable && !options.repairing {
+            if dirty {
+                // Left behind by a crash while refcounts were lazy: bring them up to date first.
+                image.repair_in_place(check::Repair::All).map_err(host)?;
+            }
+            image.forget_autoclear().map_err(host)?;
+        }
+        Ok(image)
+    }
+
+    /// Clear the autoclear bits of features that are not kept up (bitmaps), as the format demands before a write.
+    fn forget_autoclear(&self) -> io::Result<()> {
+        let mut meta = self.meta();
+        let keep = if self.shape.external { AUTOCLEAR_RAW_DATA } else { 0 };
+        if meta.header.autoclear & !keep != 0 {
+            meta.header.autoclear &= keep;
+            meta.header.write(&self.file)?;
+            self.file.sync()?;
+        }
+        Ok(())
+    }
+
+    fn meta(&self) -> MutexGuard<'_, Meta> {
+        self.meta.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn data_file(&self) -> &FileStorage {
+        self.data.as_ref().unwrap_or(&self.file)
+    }
+
+    /// The header as it is now.
+    pub fn header(&self) -> Header {
+        self.meta().header.clone()
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// The disk below.
+    pub fn backing(&self) -> Option<&Arc<dyn BlockBackend>> {
+        self.backing.as_ref()
+    }
+
+    fn writable(&self) -> io::Result<()> {
+        if self.read_only { Err(io::Error::from_raw_os_error(libc::EROFS)) } else { Ok(()) }
+    }
+
+    /// Bring all metadata to the file, durably.
+    ///
+    /// Everything to be written is copied under the lock, as of one moment; requests go on while the copies are
+    /// written. The order: refcounts (with all data), then L2 tables, then the L1 table; a barrier between each.
+    fn commit(&self) -> io::Result<()> {
+        let _one = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.overdue.store(false, Ordering::Relaxed);
+        if let Some(d) = &self.data {
+            d.sync()?;
+        }
+        let (mut counts, mut tables) = (Vec::<Piece>::new(), Vec::<Piece>::new());
+        let (taken_counts, taken_tables, reftable, l1, pending);
+        {
+            let mut m = self.meta();
+            // All clusters in use lie inside the file from now on; nobody writes behind `fresh` while the lock is held.
+            if self.file.len() < m.fresh {
+                self.file.resize(m.fresh)?;
+            }
+            taken_counts = m.refblocks.begin_write(&mut counts);
+            taken_tables = m.l2.begin_write(&mut tables);
+            reftable = std::mem::take(&mut m.reftable_dirty)
+                .then(|| (m.header.reftable_offset, meta::words_to_bytes(&m.reftable)));
+            l1 = std::mem::take(&mut m.l1_dirty);
+            pending = std::mem::take(&mut m.pending);
+        }
+        let written = (|| {
+            write_pieces(&self.file, &counts)?;
+            self.file.sync()?;
+            if let Some((at, bytes)) = &reftable {
+                self.file.write(&[SharedSlice::new(bytes)], *at)?;
+                self.file.sync()?;
+            }
+            if !tables.is_empty() {
+                write_pieces(&self.file, &tables)?;
+                self.file.sync()?;
+            }
+            if !l1.is_empty() {
+                let pieces: Vec<Piece> = {
+                    let m = self.meta();
+                    let at = m.header.l1_offset;
+                    l1.iter().map(|&i| (at + i as u64 * 8, m.l1[i].to_be_bytes().to_vec())).collect()
+                };
+                write_pieces(&self.file, &pieces)?;
+                self.file.sync()?;
+            }
+            Ok(())
+        })();
+        {
+            let mut m = self.meta();
+            m.refblocks.end_write(&taken_counts, written.is_ok());
+            m.l2.end_write(&taken_tables, written.is_ok());
+            if written.is_err() {
+                m.reftable_dirty |= reftable.is_some();
+                m.l1_dirty.extend(l1);
+                m.pending.extend(pending);
+                return written;
+            }
+        }
+        if pending.is_empty() { Ok(()) } else { self.release(&pending) }
+    }
+
+    /// Lower the refcounts of clusters that no table on disk names any more, and give free ones back to the host.
+    fn release(&self, pending: &[meta::Pending]) -> io::Result<()> {
+        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+        let mut m = self.meta();
+        self.unpacked.clear();
+        for &(first, count) in pending {
+            for c in first..first + count {
+                m.adjust(c, 1, -1, &self.file)?;
+                if m.refcount(c, &self.file)? == 0 {
+                    if m.packed.is_some_and(|(_, end)| end == (c + 1) * self.shape.cluster) {
+                        m.packed = None;
+                    }
+                    let at = c * self.shape.cluster;
+                    let len = self.file.len().saturating_sub(at).min(self.shape.cluster);
+                    self.file.discard(at, len)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether metadata has changed since the last commit.
+    fn unsettled(&self) -> bool {
+        let m = self.meta();
+        m.refblocks.any_dirty()
+            || m.l2.any_dirty()
+            || m.reftable_dirty
+            || !m.l1_dirty.is_empty()
+            || !m.pending.is_empty()
+    }
+
+    /// Make a commit if memory fills up. The caller holds no lock.
+    fn settle(&self) -> io::Result<()> {
+        if self.overdue.load(Ordering::Relaxed) { self.commit() } else { Ok(()) }
+    }
+
+    /// Remember that a commit is due.
+    fn note(&self, m: &Meta) {
+        if m.pending.len() > MAX_PENDING || m.l2.crowded() || m.refblocks.crowded() {
+            self.overdue.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Write everything and end; errors that a drop would swallow are reported.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn close(self) -> io::Result<()> {
+        BlockBackend::flush(&self)?;
+        // Refcounts that went down after the last table was written.
+        if self.read_only { Ok(()) } else { self.commit() }
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        if !self.read_only {
+            for _ in 0..2 {
+                // Nobody is left to tell: what a failure leaves behind is as after a crash.
+                if !self.unsettled() || self.commit().is_err() {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl BlockBackend for Qcow2 {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            block_size: self.file.sector(),
+            physical_block_size: self.file.physical().max(self.file.sector()),
+            discard_granularity: (self.shape.cluster / self.shape.subs) as u32,
+            discard: !self.read_only,
+        }
+    }
+
+    fn read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<()> {
+        check_range(self.size(), offset, total_mut(bufs))?;
+        let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        self.read_range(bufs, offset, total_mut(bufs))
+    }
+
+    fn try_read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<bool> {
+        check_range(self.size(), offset, total_mut(bufs))?;
+        let Ok(_shared) = self.gate.try_read() else { return Ok(false) };
+        self.try_read_range(bufs, offset)
+    }
+
+    fn writes_are_cached(&self) -> bool {
+        !self.file.is_direct()
+    }
+
+    fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
+        self.writable()?;
+        check_range(self.size(), offset, total(bufs))?;
+        {
+            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            self.write_range(bufs, offset)?;
+        }
+        self.settle()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.commit() }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.writable()?;
+        check_range(self.size(), offset, len)?;
+        {
+            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            self.discard_range(offset, len)?;
+        }
+        self.settle()
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.writable()?;
+        check_range(self.size(), offset, len)?;
+        {
+            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            self.zero_range(offset, len, unmap)?;
+        }
+        self.settle()
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        self.writable()?;
+        self.resize_to(size)
+    }
+}
