@@ -77,10 +77,7 @@ fn guest(test: bool, json: bool) -> ExitCode {
             println!("cmdline  {cmdline}");
             ExitCode::SUCCESS
         }
-        Err(e) => {
-            eprintln!("ringfort: {e}");
-            ExitCode::from(2)
-        }
+        Err(e) => exit::usage(&e.to_string()),
     }
 }
 
@@ -96,16 +93,17 @@ fn usage(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::from(u8::from(error.use_stderr()) * 2);
     }
-    eprintln!("ringfort: {}", one_line(&error.render().to_string()));
-    ExitCode::from(2)
+    let sub = std::env::args().nth(1).filter(|a| matches!(a.as_str(), "run" | "doctor" | "guest"));
+    exit::usage(&one_line(&error.render().to_string(), sub.as_deref()))
 }
 
 /// What clap says in several lines, on one: the message and its tip, without the usage.
-fn one_line(message: &str) -> String {
+fn one_line(message: &str, subcommand: Option<&str>) -> String {
     let text = message.split("\n\nUsage:").next().unwrap_or(message);
     let text = text.split("\n\nFor more information").next().unwrap_or(text);
     let words: Vec<&str> = text.trim_start_matches("error: ").split_whitespace().collect();
-    format!("{}; `ringfort --help` lists what there is", words.join(" "))
+    let command = subcommand.map_or(String::new(), |c| format!(" {c}"));
+    format!("{}; `ringfort{command} --help` lists what there is", words.join(" "))
 }
 
 #[cfg(test)]
@@ -126,7 +124,7 @@ mod tests {
             (vec!["ringfort", "doctor", "a\nb"], "a b"),
         ] {
             let error = Cli::try_parse_from(args).expect_err("a mistake");
-            let line = one_line(&error.render().to_string());
+            let line = one_line(&error.render().to_string(), None);
             assert!(line.contains(named) && !line.contains('\n') && !line.contains("Usage"), "{line}");
         }
     }

@@ -3,8 +3,8 @@
 use crate::exit;
 use crate::progress::BuildProgress;
 use clap::{Args, ValueHint};
-use ringfort_vmm::Outcome;
-use ringfort_vmm::config::{AccelOption, Boot, Disk, Net, Serial, VmConfig, parse_size};
+use ringfort_vmm::config::{AccelOption, Boot, Disk, InvalidConfig, Net, Serial, VmConfig, parse_size};
+use ringfort_vmm::{Outcome, VmmError};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -36,19 +36,22 @@ pub struct RunArgs {
     /// Engine: auto, kvm, soft, or soft,tier=interp (no translation; for debugging)
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     accel: AccelOption,
-    /// CPU model and features, for instance max, host, qemu64,+avx2 or EPYC,-aes
+    /// CPU model and features, for instance max, host, qemu64,+avx2 or EPYC,-aes; `help` lists them
     #[arg(long, value_name = "MODEL[,±FEATURE…]", default_value = "max")]
     cpu: String,
     /// First serial port: stdio, file:PATH, pty, unix:PATH or none
-    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    #[arg(long, value_name = "WHERE", default_value = "stdio", default_value_if("console", "stdio", "none"))]
     serial: Serial,
+    /// Virtio console (the guest's hvc0): where, as for --serial
+    #[arg(long, value_name = "WHERE", default_value = "none")]
+    console: Serial,
     /// Network: none
     #[arg(long, value_name = "WHAT", default_value = "none")]
     net: Net,
     /// Leave when the guest resets, with status 3, instead of booting it again
     #[arg(long)]
     no_reboot: bool,
-    /// Name of the machine
+    /// Name of the machine, for messages and process lists
     #[arg(long, value_name = "TEXT", default_value = "guest")]
     name: String,
     /// Keep what the default guest writes to its disk, in a copy of its own in the cache folder
@@ -79,18 +82,22 @@ fn memory(text: &str) -> Result<u64, String> {
 impl RunArgs {
     /// Do it.
     pub fn run(self) -> ExitCode {
+        if self.cpu == "help" {
+            return cpu_help();
+        }
         let config = match self.config() {
             Ok(c) => c,
             Err(message) => return exit::usage(&message),
         };
-        match ringfort_vmm::run(&config, &mut |line| eprintln!("ringfort: {line}")) {
+        match ringfort_vmm::run(&config, &mut exit::say) {
             Ok(Outcome::PowerOff | Outcome::Quit) => ExitCode::SUCCESS,
             Ok(Outcome::Reset) => ExitCode::from(exit::GUEST_RESET),
             Ok(Outcome::Panicked) => {
-                eprintln!("ringfort: the guest panicked");
+                exit::say("the guest panicked");
                 ExitCode::from(exit::GUEST_PANIC)
             }
             Ok(Outcome::DebugExit(status)) => ExitCode::from(status),
+            Err(VmmError::Config(e)) => exit::usage(&in_options(&e)),
             Err(e) if e.is_usage() => exit::usage(&e.to_string()),
             Err(e) => exit::failure(&e.to_string()),
         }
@@ -107,6 +114,7 @@ impl RunArgs {
             boot: Boot::default(),
             disks: self.disk,
             serial: self.serial,
+            console: self.console,
             net: self.net,
             no_reboot: self.no_reboot,
         };
@@ -117,10 +125,47 @@ impl RunArgs {
             None if self.initrd.is_some() => {
                 return Err("--initrd needs --kernel: name the kernel that it belongs to".into());
             }
-            None => default_guest(&mut config, self.cmdline, self.keep)?,
+            None => {
+                // Building the guest takes minutes: what is wrong with the rest is told before.
+                config.boot.kernel = "vmlinuz".into();
+                config.validate(ringfort_base::host::memory().total).map_err(|e| in_options(&e))?;
+                default_guest(&mut config, self.cmdline, self.keep)?;
+            }
         }
         Ok(config)
     }
+}
+
+/// What is wrong, in terms of options instead of fields.
+fn in_options(invalid: &InvalidConfig) -> String {
+    let problems = invalid.0.iter().map(|p| {
+        let option = match p.field.strip_prefix("disks[").and_then(|f| f.split_once(']')) {
+            Some((n, key)) => {
+                let number = n.parse().map_or(0, |n: usize| n + 1);
+                format!("--disk (number {number}){}", key.replace('.', " "))
+            }
+            None if p.field == "disks" => "--disk".into(),
+            None => format!("--{}", p.field.trim_start_matches("boot.").replace('_', "-")),
+        };
+        format!("{option}: {}", p.what)
+    });
+    problems.collect::<Vec<_>>().join("; ")
+}
+
+/// `--cpu help`: all there is to choose from.
+fn cpu_help() -> ExitCode {
+    use ringfort_x86::cpuid::{MODELS, feature_names};
+    let mut text = String::from("CPU models:\n");
+    for m in &MODELS {
+        text += &format!("  {}\n", m.name);
+    }
+    text += "\nFeatures, to add (+) or take away (-):\n";
+    for line in feature_names().collect::<Vec<_>>().chunks(8) {
+        text += &format!("  {}\n", line.join(" "));
+    }
+    // Whoever closed the pipe has read enough.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+    ExitCode::SUCCESS
 }
 
 /// Fill in the default guest, built first if need be.
@@ -160,4 +205,19 @@ fn kept_copy(cache: &std::path::Path, pristine: &std::path::Path) -> Result<Path
         let _ = std::fs::remove_file(&scratch);
     }
     made.map(|()| kept)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn problems_are_told_in_terms_of_options() {
+        let disk: Disk = "path=x,queues=99".parse().expect("a disk");
+        let config = VmConfig { memory: 0, disks: vec![disk], ..VmConfig::default() };
+        let told = in_options(&config.validate(1 << 40).expect_err("problems"));
+        for part in ["--memory: 0 ", "--kernel: no kernel", "--disk (number 1) queues: "] {
+            assert!(told.contains(part), "{told}");
+        }
+    }
 }

@@ -25,6 +25,9 @@ pub enum VmmError {
     /// The serial port's other end cannot be had.
     #[error("--serial: {0}")]
     Serial(io::Error),
+    /// The console's other end cannot be had.
+    #[error("--console: {0}")]
+    Console(io::Error),
     /// RAM cannot be had.
     #[error("--memory: {0}")]
     Memory(#[from] ringfort_memory::MemoryError),

@@ -7,6 +7,7 @@
 pub mod chardev;
 pub mod config;
 mod error;
+mod lines;
 mod log;
 pub mod machine;
 mod run;

@@ -1,6 +1,7 @@
 //! Remarks about what a guest does: to standard error, at a bounded rate, so that a guest cannot flood the host.
 
 use ringfort_bus::lock;
+use std::io::Write as _;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -13,15 +14,17 @@ const WINDOW: Duration = Duration::from_secs(10);
 
 /// A bounded log.
 pub struct GuestLog {
+    /// The machine's name.
+    name: String,
     said: Mutex<(Instant, u32)>,
     /// A line that bytes have begun.
     begun: Mutex<Vec<u8>>,
 }
 
 impl GuestLog {
-    /// Nothing said yet.
-    pub fn new() -> GuestLog {
-        GuestLog { said: Mutex::new((Instant::now(), 0)), begun: Mutex::default() }
+    /// Nothing said yet, by the machine of this name.
+    pub fn new(name: &str) -> GuestLog {
+        GuestLog { name: name.into(), said: Mutex::new((Instant::now(), 0)), begun: Mutex::default() }
     }
 
     /// Say `line`, unless too much was said of late.
@@ -34,7 +37,8 @@ impl GuestLog {
         if s.1 <= BURST {
             // The terminal may be in raw mode.
             let clean: String = line.chars().filter(|c| !c.is_control()).collect();
-            eprint!("ringfort: guest: {clean}\r\n");
+            // Standard error may be closed; then nobody wants to know.
+            let _ = write!(std::io::stderr().lock(), "ringfort: {}: {clean}\r\n", self.name);
         }
     }
 }
@@ -53,11 +57,5 @@ impl GuestLog {
                 self.line(&String::from_utf8_lossy(&line));
             }
         }
-    }
-}
-
-impl Default for GuestLog {
-    fn default() -> Self {
-        Self::new()
     }
 }

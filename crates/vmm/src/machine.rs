@@ -1,15 +1,14 @@
 //! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
 
-use crate::chardev::{Chardev, Input, Output};
 use crate::config::{Accel, Disk, DiskFormat, Tier, VmConfig};
 use crate::error::VmmError;
+use crate::lines::{self, Lines, Room};
 use crate::time::{MachineClock, TimerService};
 use crate::vcpus::{VcpuEvent, Vcpus};
 use ringfort_block::{BlockBackend, Format, ImageOptions, Overlay, open_image};
-use ringfort_bus::{IrqLine, MsiSink, Shared, lock};
+use ringfort_bus::{IrqLine, MsiSink};
 use ringfort_devices::pci::PciFunction;
 use ringfort_devices::power::PowerSink;
-use ringfort_devices::serial::{Serial, SerialSink};
 use ringfort_devices::{debug_exit, debugcon};
 use ringfort_engine::{EngineError, Hypervisor, Vcpu, Vm};
 use ringfort_engine_soft::vcpu::Tier as SoftTier;
@@ -24,8 +23,9 @@ use ringfort_virtio::pci::VirtioPci;
 use ringfort_virtio::rng::Rng;
 use ringfort_x86::cpuid::{CpuBuilder, CpuSpec, Hypervisor as HypervisorLeaves, SpecError, Topology};
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::Arc;
 
 /// Most queues that a disk gets by itself.
 const DEFAULT_QUEUES: u32 = 4;
@@ -43,7 +43,7 @@ pub struct Machine {
     vcpus: Vcpus,
     virtio: Vec<Arc<VirtioPci>>,
     /// Dropped after the vCPUs, so that what the guest said last is written.
-    serial: Chardev,
+    lines: Lines,
     _timers: TimerService,
 }
 
@@ -58,7 +58,7 @@ impl Machine {
     /// [`VmmError`]; nothing is left behind.
     pub fn build(
         config: &VmConfig,
-        mut serial: Chardev,
+        mut lines: Lines,
         power: Arc<dyn PowerSink>,
         report: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
         say: &mut dyn FnMut(&str),
@@ -70,19 +70,15 @@ impl Machine {
 
         let clock = MachineClock::new();
         let timers = TimerService::start(clock.clone()).map_err(host("starting the timer thread"))?;
-        let log = Arc::new(crate::log::GuestLog::new());
-        let room: Arc<OnceLock<Arc<dyn Fn() + Send + Sync>>> = Arc::default();
-        let room_of = room.clone();
+        let log = Arc::new(crate::log::GuestLog::new(&config.name));
+        let room = Room::default();
         let debug_log = log.clone();
         let config_of_pc = PcConfig {
             layout,
             memory: memory.clone(),
             clock: clock.clone(),
             power,
-            serial: vec![SerialPort {
-                sink: Box::new(ToOutput(serial.output())),
-                room: Box::new(move || room_of.get().into_iter().for_each(|f| f())),
-            }],
+            serial: vec![SerialPort { sink: lines::sink(&lines.serial), room: room.caller() }],
             debugcon: Some((debugcon::PORT, Box::new(move |bytes| debug_log.bytes(bytes)))),
             debug_exit: Some(debug_exit::PORT),
             pvpanic: true,
@@ -90,7 +86,9 @@ impl Machine {
             log: Arc::new(move |line| log.line(line)),
         };
         let pc = Pc::new(config_of_pc, &timers)?;
-        join_serial(&pc, &mut serial, &room).map_err(VmmError::Serial)?;
+        if let Some(port) = pc.serial().first() {
+            lines::join_serial(port, &mut lines.serial, &room).map_err(VmmError::Serial)?;
+        }
 
         let ram = Arc::new(RamMap::new(&memory));
         let mut virtio = Vec::new();
@@ -101,6 +99,10 @@ impl Machine {
         virtio.push(add_virtio(&pc, &ram, Arc::new(Rng::new()))?);
         let balloon = Balloon::new(BalloonOptions::default(), Arc::new(HostRelease::new(ram.clone())));
         virtio.push(add_virtio(&pc, &ram, Arc::new(balloon))?);
+        if let Some(console) = &mut lines.console {
+            let device = lines::console(console).map_err(VmmError::Console)?;
+            virtio.push(add_virtio(&pc, &ram, device)?);
+        }
 
         let vm = engine.create_vm(memory.clone(), pc.clone())?;
         pc.connect(vm.clone());
@@ -108,7 +110,7 @@ impl Machine {
             apic_ids(&cpus).map(|id| vm.create_vcpu(id, cpus.table(id))).collect::<Result<_, _>>()?;
         let vcpus = Vcpus::start(vcpus, report).map_err(host("starting the vCPU threads"))?;
 
-        let machine = Machine {
+        let mut machine = Machine {
             config: config.clone(),
             cpus,
             tsc_khz: engine.capabilities().tsc_khz,
@@ -118,10 +120,14 @@ impl Machine {
             _vm: vm,
             vcpus,
             virtio,
-            serial,
+            lines,
             _timers: timers,
         };
         machine.power_on()?;
+        machine.lines.serial.commit().map_err(VmmError::Serial)?;
+        if let Some(console) = &mut machine.lines.console {
+            console.commit().map_err(VmmError::Console)?;
+        }
         Ok(machine)
     }
 
@@ -172,11 +178,6 @@ impl Machine {
     /// Press the power button.
     pub fn power_button(&self) {
         self.pc.power_button();
-    }
-
-    /// Where the serial port leads, for messages: the pseudo-terminal's name.
-    pub fn pty(&self) -> Option<&Path> {
-        self.serial.pty.as_deref()
     }
 
     fn load_kernel(&self) -> Result<Entry, VmmError> {
@@ -247,7 +248,7 @@ fn describe_cpus(
         features: ringfort_engine_soft::vcpu::paravirt_features(),
         hints: 0,
         tsc_khz: offered.tsc_khz,
-        apic_khz: 0,
+        apic_khz: (ringfort_engine_soft::apic::TIMER_HZ / 1000) as u32,
     };
     let (cpus, dropped) = CpuBuilder::new(&spec, &offered.cpuid, Topology::flat(config.cpus), leaves);
     if !dropped.requested.is_empty() {
@@ -264,11 +265,21 @@ fn describe_cpus(
 
 fn open_file(option: &str, path: &Path) -> Result<File, VmmError> {
     let fail = |e: &dyn std::fmt::Display| VmmError::Boot(format!("{option} {}: {e}", path.display()));
-    let file = File::open(path).map_err(|e| fail(&e))?;
-    if file.metadata().map_err(|e| fail(&e))?.is_dir() {
+    // Looked at before it is opened: opening a pipe would wait for a writer.
+    let kind = std::fs::metadata(path).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => fail(&"no such file; check the path"),
+        _ => fail(&e),
+    })?;
+    if kind.is_dir() {
         return Err(fail(&"is a directory; name a file"));
     }
-    Ok(file)
+    if !kind.is_file() {
+        return Err(fail(&"is no regular file; copy what it gives to a file and name that"));
+    }
+    File::open(path).map_err(|e| match e.kind() {
+        ErrorKind::PermissionDenied => fail(&"may not be read; change its permissions or name another"),
+        _ => fail(&e),
+    })
 }
 
 fn open_disk(disk: &Disk, cpus: u32) -> Result<Blk, String> {
@@ -308,43 +319,4 @@ impl From<PcError> for VmmError {
     fn from(e: PcError) -> VmmError {
         VmmError::Machine(e.to_string())
     }
-}
-
-/// The serial port's way out.
-struct ToOutput(Arc<Output>);
-
-impl SerialSink for ToOutput {
-    fn write(&mut self, bytes: &[u8]) -> usize {
-        self.0.write(bytes)
-    }
-}
-
-/// The serial port's way in.
-struct FromInput(Weak<Mutex<Serial>>);
-
-impl Input for FromInput {
-    fn receive(&self, bytes: &[u8]) -> usize {
-        // Without a port nobody waits for what is typed.
-        self.0.upgrade().map_or(bytes.len(), |port| lock(&port).receive(bytes))
-    }
-}
-
-/// Connect the first serial port and its other end, both ways.
-fn join_serial(
-    pc: &Pc,
-    serial: &mut Chardev,
-    room: &OnceLock<Arc<dyn Fn() + Send + Sync>>,
-) -> std::io::Result<()> {
-    let Some(port): Option<&Shared<Serial>> = pc.serial().first() else { return Ok(()) };
-    let weak = Arc::downgrade(port);
-    let ready = weak.clone();
-    serial.output().when_writable(Arc::new(move || {
-        if let Some(port) = ready.upgrade() {
-            lock(&port).transmit_ready();
-        }
-    }));
-    serial.connect(Arc::new(FromInput(weak)))?;
-    // Set once, here.
-    let _ = room.set(serial.unblock());
-    Ok(())
 }

@@ -3,6 +3,7 @@
 use crate::chardev::{Chardev, Command};
 use crate::config::{Serial, VmConfig};
 use crate::error::VmmError;
+use crate::lines::Lines;
 use crate::machine::Machine;
 use crate::vcpus::VcpuEvent;
 use ringfort_base::signals::SignalFd;
@@ -73,16 +74,26 @@ pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmE
     let (events, queue) = channel();
     let post = Post { events, wake: main.handle() };
 
-    let from_keys = post.clone();
-    let on_command = Box::new(move |c| from_keys.send(Event::Command(c)));
-    let serial = Chardev::open(&config.serial, on_command).map_err(VmmError::Serial)?;
+    let open = |line: &Serial| {
+        let from_keys = post.clone();
+        Chardev::open(line, Box::new(move |c| from_keys.send(Event::Command(c))))
+    };
+    let serial = open(&config.serial).map_err(VmmError::Serial)?;
+    let console = match &config.console {
+        Serial::None => None,
+        line => Some(open(line).map_err(VmmError::Console)?),
+    };
+    let pty = |what: &str, line: &Chardev| line.pty.as_ref().map(|p| format!("{what}: {}", p.display()));
+    let ptys = [pty("serial port", &serial), console.as_ref().and_then(|c| pty("console", c))];
     let from_vcpus = Shared(Mutex::new(post.clone()));
     let report = move |_, e| ringfort_bus::lock(&from_vcpus.0).send(Event::Vcpu(e));
     let power = Arc::new(Shared(Mutex::new(post.clone())));
-    let machine = Machine::build(config, serial, power, report, say)?;
-    if let Some(pty) = machine.pty() {
-        say(&format!("serial port: {}", pty.display()));
-    }
+    // Said once the machine stands, so that a mistake is told alone.
+    let mut remarks = Vec::new();
+    let mut remark = |line: &str| remarks.push(line.to_owned());
+    let machine = Machine::build(config, Lines { serial, console }, power, report, &mut remark)?;
+    remarks.iter().for_each(|line| say(line));
+    ptys.iter().flatten().for_each(|line| say(line));
     let signals = &signals;
     main.add(signals, Interest::READ, move |_, _| {
         while let Ok(Some(_)) = signals.next() {
@@ -91,9 +102,10 @@ pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmE
     })
     .map_err(host("taking signals"))?;
 
-    let _raw = match config.serial {
-        Serial::Stdio => RawTerminal::enter(&io::stdin()).map_err(host("setting up the terminal"))?,
-        _ => None,
+    let on_terminal = [&config.serial, &config.console].contains(&&Serial::Stdio);
+    let _raw = match on_terminal {
+        true => RawTerminal::enter(&io::stdin()).map_err(host("setting up the terminal"))?,
+        false => None,
     };
     machine.resume();
     loop {

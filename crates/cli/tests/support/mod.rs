@@ -1,9 +1,11 @@
 //! Drives a guest over the serial console of the real `ringfort` binary.
 #![allow(dead_code, reason = "each test crate uses its part")]
 
+pub mod tiny;
+
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -39,6 +41,13 @@ impl Scratch {
         Scratch(dir)
     }
 
+    /// A file with this content.
+    pub fn file(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.0.join(name);
+        std::fs::write(&path, content).expect("a scratch file");
+        path
+    }
+
     /// An empty sparse file of `size` bytes.
     pub fn disk(&self, name: &str, size: u64) -> PathBuf {
         let path = self.0.join(name);
@@ -62,7 +71,7 @@ pub fn ringfort(args: &[&str]) -> Command {
 
 /// A running guest.
 pub struct Guest {
-    child: Child,
+    child: std::process::Child,
     stdin: ChildStdin,
     output: Receiver<Vec<u8>>,
     /// Everything the guest has said.
@@ -151,9 +160,35 @@ impl Guest {
         }
     }
 
+    /// As [`wait`](Self::wait); when it has not ended after `patience`, first do `nudge`.
+    pub fn wait_or(mut self, patience: Duration, nudge: impl FnOnce(&mut Guest)) -> ExitStatus {
+        let end = Instant::now() + patience;
+        loop {
+            match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.said.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    nudge(&mut self);
+                    break;
+                }
+            }
+        }
+        self.wait()
+    }
+
     /// The process number.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether the process is there.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("its status").is_none()
+    }
+
+    /// Send the process a signal, by its name without SIG.
+    pub fn signal(&self, name: &str) {
+        signal(self.child.id(), name);
     }
 }
 
@@ -163,6 +198,28 @@ impl Drop for Guest {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A process that does not outlive the test.
+pub struct Child(pub std::process::Child);
+
+impl Child {
+    /// Send it a signal, by its name without SIG.
+    pub fn signal(&self, name: &str) {
+        signal(self.0.id(), name);
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn signal(pid: u32, name: &str) {
+    let done = Command::new("kill").args(["-s", name, &pid.to_string()]).status().expect("kill");
+    assert!(done.success());
 }
 
 /// Seconds since 1970 on the host.

@@ -7,6 +7,7 @@ use crate::layout::Layout;
 use ringfort_memory::GuestMemory;
 
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 /// Xen's note with the 32-bit entry point (xen/include/public/elfnote.h).
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
@@ -91,7 +92,12 @@ impl Elf {
                     }
                 }
             })
-            .collect();
+            .collect::<Vec<_>>();
+        if headers.iter().any(|h: &Header| h.kind == PT_INTERP) {
+            return Err(BootError::Unsupported(
+                "ELF program that needs a loader of its operating system, no kernel; name a kernel".into(),
+            ));
+        }
         Ok(Elf { long, entry, headers })
     }
 

@@ -52,11 +52,11 @@ pub enum BootError {
     },
     /// The file is none of the known kinds.
     #[error(
-        "kernel: not a kernel that can be booted (no bzImage, no ELF with a PVH note or of Linux, no Multiboot 1)"
+        "kernel: no kernel that can be booted; name a bzImage, an ELF with a PVH note or of Linux, or a Multiboot 1 image"
     )]
     Unknown,
     /// The file is cut short.
-    #[error("{what}: cut short: {part} needs {need} bytes, the file has {have}")]
+    #[error("{what}: cut short: {part} needs {need} bytes, the file has {have}; copy or download it again")]
     Truncated {
         /// Which file.
         what: &'static str,

@@ -33,6 +33,8 @@ pub struct Chardev {
     _pty_held: Option<File>,
     /// A socket file that was made and is to go.
     socket: Option<PathBuf>,
+    /// A file not yet emptied, and its name if it was made for us and goes again when the machine comes to nothing.
+    file: Option<(File, Option<PathBuf>)>,
 }
 
 impl Chardev {
@@ -51,6 +53,7 @@ impl Chardev {
             pty: None,
             _pty_held: None,
             socket: None,
+            file: None,
         };
         match config {
             Serial::None => {}
@@ -59,8 +62,17 @@ impl Chardev {
                 dev.source = Some(Source::Terminal(Box::new(Escape::new(dev.output.clone(), on_command))));
             }
             Serial::File(path) => {
-                let file = OpenOptions::new().create(true).write(true).truncate(true).open(path);
-                dev.output = Output::start(Box::new(file.map_err(|e| named(path, e))?))?;
+                let made = OpenOptions::new().create_new(true).write(true).open(path);
+                let fresh = made.is_ok().then(|| path.clone());
+                let file = match made {
+                    Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                        OpenOptions::new().write(true).open(path)
+                    }
+                    other => other,
+                };
+                let file = file.map_err(|e| named(path, e))?;
+                dev.file = Some((file.try_clone()?, fresh));
+                dev.output = Output::start(Box::new(file))?;
             }
             Serial::Pty => {
                 let (master, name) = ringfort_base::pty::open()?;
@@ -98,6 +110,21 @@ impl Chardev {
         Ok(())
     }
 
+    /// The machine is about to run: a file that stands here loses its former content, and stays.
+    ///
+    /// # Errors
+    /// When the file cannot be emptied.
+    pub fn commit(&mut self) -> io::Result<()> {
+        if let Some((file, fresh)) = &mut self.file {
+            if file.metadata()?.is_file() {
+                file.set_len(0)?;
+            }
+            *fresh = None;
+        }
+        self.file = None;
+        Ok(())
+    }
+
     /// The guest's side has room again.
     pub fn unblock(&self) -> Arc<dyn Fn() + Send + Sync> {
         match &self.reader {
@@ -111,6 +138,10 @@ impl Drop for Chardev {
     fn drop(&mut self) {
         self.reader = None;
         self.output.finish();
+        if let Some((_, Some(path))) = &self.file {
+            // It stays, empty, if its folder no longer lets it go.
+            let _ = std::fs::remove_file(path);
+        }
         if let Some(path) = &self.socket {
             // Nobody can be helped if it is gone already.
             let _ = std::fs::remove_file(path);
@@ -134,5 +165,30 @@ fn remove_stale(path: &std::path::Path) -> io::Result<()> {
         Ok(_) => {
             Err(io::Error::new(io::ErrorKind::AlreadyExists, "exists and is no socket; choose another path"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_emptied_or_kept_only_for_a_machine_that_runs() {
+        let dir = std::env::temp_dir().join(format!("ringfort-chardev-file-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (old, new) = (dir.join("old"), dir.join("new"));
+        std::fs::write(&old, "former").unwrap();
+        let open = |path: &PathBuf| Chardev::open(&Serial::File(path.clone()), Box::new(|_| {})).unwrap();
+        drop((open(&old), open(&new)));
+        assert_eq!(std::fs::read(&old).unwrap(), b"former");
+        assert!(!new.exists());
+        for path in [&old, &new] {
+            let mut dev = open(path);
+            dev.commit().unwrap();
+            dev.output().write(b"now");
+            drop(dev);
+            assert_eq!(std::fs::read(path).unwrap(), b"now");
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

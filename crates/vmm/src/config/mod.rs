@@ -101,7 +101,7 @@ pub struct Disk {
     pub queues: Option<u16>,
 }
 
-/// Where the first serial port leads.
+/// Where a serial port or console leads.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Serial {
@@ -149,6 +149,8 @@ pub struct VmConfig {
     pub disks: Vec<Disk>,
     /// First serial port.
     pub serial: Serial,
+    /// Virtio console; there is no such device if it leads nowhere.
+    pub console: Serial,
     /// Network.
     pub net: Net,
     /// End when the guest resets, instead of starting it anew.
@@ -167,6 +169,7 @@ impl Default for VmConfig {
             boot: Boot::default(),
             disks: Vec::new(),
             serial: Serial::default(),
+            console: Serial::None,
             net: Net::None,
             no_reboot: false,
         }
@@ -228,6 +231,9 @@ impl VmConfig {
         } else if !self.memory.is_multiple_of(1 << 20) {
             problem("memory", format!("{} bytes is not a whole number of MiB", self.memory));
         }
+        if let Err(e) = self.cpu.parse::<ringfort_x86::cpuid::CpuSpec>() {
+            problem("cpu", e.to_string());
+        }
         if self.boot.kernel.as_os_str().is_empty() {
             problem("boot.kernel", "no kernel given; name one with --kernel".into());
         }
@@ -239,6 +245,9 @@ impl VmConfig {
         }
         if self.disks.len() > MAX_DISKS {
             problem("disks", format!("{} disks; at most {MAX_DISKS} fit", self.disks.len()));
+        }
+        if self.console == self.serial && !matches!(self.serial, Serial::None | Serial::Pty) {
+            problem("console", "leads to the same place as the serial port; give one of them another".into());
         }
         for (n, d) in self.disks.iter().enumerate() {
             if d.serial.as_ref().is_some_and(|s| s.len() > 20 || s.contains(|c: char| c.is_control())) {
@@ -282,6 +291,17 @@ mod tests {
         config.boot.kernel = "k".into();
         assert!(config.validate(1 << 30).unwrap_err().to_string().contains("this host has (1G)"));
         assert!(config.validate(2 << 30).is_ok());
+    }
+
+    #[test]
+    fn console_and_serial_port_do_not_share_an_end() {
+        let mut config = VmConfig { console: Serial::Stdio, ..VmConfig::default() };
+        config.boot.kernel = "k".into();
+        assert!(config.validate(1 << 40).unwrap_err().to_string().starts_with("console: "));
+        config.serial = Serial::None;
+        assert_eq!(config.validate(1 << 40), Ok(()));
+        (config.serial, config.console) = (Serial::Pty, Serial::Pty);
+        assert_eq!(config.validate(1 << 40), Ok(()));
     }
 
     #[test]

@@ -33,7 +33,8 @@ pub fn parse_size(text: &str, unit: u64) -> Result<u64, String> {
     Ok(bytes)
 }
 
-/// The shortest exact writing of a size.
+/// A size for people: whole in the largest unit that gives a whole number, unless ten or more of a larger unit are
+/// shorter with one decimal, rounded.
 pub fn format_size(bytes: u64) -> String {
     for (shift, suffix) in [(40, "T"), (30, "G"), (20, "M"), (10, "K")] {
         if bytes >= 1 << shift && bytes.is_multiple_of(1 << shift) {
@@ -63,5 +64,7 @@ mod tests {
         }
         assert_eq!(format_size(1 << 30), "1G");
         assert_eq!(format_size(0), "0");
+        assert_eq!(format_size(1025 << 20), "1025M");
+        assert_eq!(format_size((23 << 30) + (1 << 20)), "23.0G");
     }
 }

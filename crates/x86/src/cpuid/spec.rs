@@ -78,7 +78,7 @@ impl FromStr for CpuSpec {
     }
 }
 
-/// Close names: few edits away, or sharing a beginning; else all names.
+/// Close names: few edits away, or sharing a beginning; else where to find all.
 fn hint(name: &str) -> String {
     let name = name.to_ascii_lowercase().replace('_', "-");
     let short: String = name.chars().take(40).collect();
@@ -90,7 +90,7 @@ fn hint(name: &str) -> String {
     near.sort();
     near.truncate(5);
     if near.is_empty() {
-        format!("; features: {}", feature_names().collect::<Vec<_>>().join(" "))
+        "; `--cpu help` lists all".into()
     } else {
         format!("; did you mean {}?", near.iter().map(|n| n.1).collect::<Vec<_>>().join(", "))
     }
