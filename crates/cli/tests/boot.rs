@@ -197,5 +197,6 @@ fn log_in(g: &mut Guest) {
     g.send("root\n");
     g.expect("# ");
     g.send("exec env TERM=dumb PS1='debian# ' sh\n");
-    g.expect("\ndebian# ");
+    // Bash has put its cursor back to the margin before it hands over.
+    g.expect("\rdebian# ");
 }
