@@ -250,7 +250,9 @@ fn disks() {
     p.refuses_options(&["--disk", "path=missing"], &["--disk", "missing", "no such file"]);
     p.refuses_options(&["--disk", "path=."], &["--disk", "is a directory"]);
     p.refuses_options(&["--disk", "path=empty"], &["--disk", "empty"]);
-    p.refuses_options(&["--disk", "path=disk,format=qcow2"], &["format=qcow2", "raw images only"]);
+    p.refuses_options(&["--disk", "path=disk,format=vmdk"], &["format=vmdk"]);
+    p.refuses_options(&["--disk", "path=disk,format=qcow2"], &["--disk", "disk", "qcow2"]);
+    p.refuses_options(&["--disk", "path=qcow2"], &["--disk", "qcow2"]);
     p.refuses_options(&["--disk", "path=disk,colour=red"], &["'colour'", "known are path"]);
     p.refuses_options(&["--disk", "path=disk,readonly=perhaps"], &["readonly=perhaps", "on or off"]);
     p.refuses_options(&["--disk", "format=raw"], &["path=FILE"]);

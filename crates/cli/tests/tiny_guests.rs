@@ -89,6 +89,18 @@ fn help_and_the_escape_key_itself_are_there_to_type() {
 }
 
 #[test]
+fn a_long_paste_arrives_whole() {
+    let scratch = Scratch::new("tiny-paste");
+    let mut g = start(&scratch, &Code::new().print("up\n").echo().multiboot(), &[]);
+    g.expect("up\n");
+    let paste: String = (0..4000).map(|n| format!("line {n}\n")).collect();
+    g.send(&paste);
+    g.expect(&paste);
+    g.send("\x01x");
+    assert_eq!(g.wait().code(), Some(0));
+}
+
+#[test]
 fn the_power_button_raises_its_event() {
     let scratch = Scratch::new("tiny-button");
     // Wait for the status bit in the PM1 event block: in ax, 600h; test ah, 1; jz.

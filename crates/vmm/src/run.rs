@@ -9,6 +9,7 @@ use crate::vcpus::VcpuEvent;
 use ringfort_base::signals::SignalFd;
 use ringfort_base::{EventLoop, Handle, Interest, RawTerminal};
 use ringfort_devices::power::{PowerEvent, PowerSink};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -34,6 +35,13 @@ enum Event {
     Command(Command),
     Vcpu(VcpuEvent),
     Signal,
+}
+
+impl Event {
+    /// Whether it comes from the user and not from the guest.
+    fn is_from_user(&self) -> bool {
+        matches!(self, Event::Command(_) | Event::Signal)
+    }
 }
 
 /// Post events to the main loop, from any thread.
@@ -108,9 +116,10 @@ pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmE
         false => None,
     };
     machine.resume();
+    let mut waiting = VecDeque::new();
     loop {
         main.turn(None).map_err(host("waiting for events"))?;
-        while let Ok(event) = queue.try_recv() {
+        while let Some(event) = waiting.pop_front().or_else(|| queue.try_recv().ok()) {
             match next(config, event) {
                 Next::GoOn => {}
                 Next::End(outcome) => {
@@ -124,8 +133,8 @@ pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmE
                 Next::PowerButton => machine.power_button(),
                 Next::Reset => {
                     machine.pause();
-                    // What the old guest still had under way must not reset the new one.
-                    while queue.try_recv().is_ok() {}
+                    // What the old guest still had under way must not reset the new one; what the user wants holds.
+                    waiting.extend(queue.try_iter().filter(Event::is_from_user));
                     machine.reset()?;
                     machine.resume();
                 }

@@ -5,7 +5,7 @@ pub mod tiny;
 
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -72,7 +72,7 @@ pub fn ringfort(args: &[&str]) -> Command {
 /// A running guest.
 pub struct Guest {
     child: std::process::Child,
-    stdin: ChildStdin,
+    stdin: Box<dyn Write>,
     output: Receiver<Vec<u8>>,
     /// Everything the guest has said.
     pub said: String,
@@ -90,7 +90,24 @@ impl Guest {
             .spawn()
             .expect("ringfort");
         let stdin = child.stdin.take().expect("piped");
-        let mut stdout = child.stdout.take().expect("piped");
+        let stdout = child.stdout.take().expect("piped");
+        Guest::with(child, Box::new(stdin), Box::new(stdout))
+    }
+
+    /// Start `command` on a terminal of its own; also gives the terminal's name.
+    pub fn on_terminal(mut command: Command) -> (Guest, PathBuf) {
+        let (master, name) = ringfort_base::pty::open().expect("a terminal");
+        stty(&name, &["sane"]);
+        let master = std::fs::File::from(master);
+        let side = || std::fs::OpenOptions::new().read(true).write(true).open(&name).expect("the terminal");
+        let child = command.stdin(side()).stdout(side()).stderr(side()).spawn().expect("ringfort");
+        // The command holds the terminal's side open; without it the master reads as hung up.
+        drop(command);
+        let typing = master.try_clone().expect("a descriptor");
+        (Guest::with(child, Box::new(typing), Box::new(master)), name)
+    }
+
+    fn with(child: std::process::Child, stdin: Box<dyn Write>, mut stdout: Box<dyn Read + Send>) -> Guest {
         let (tx, output) = channel();
         std::thread::spawn(move || {
             let mut buf = [0; 4096];
@@ -160,6 +177,19 @@ impl Guest {
         }
     }
 
+    /// Wait for the process to end, whoever else holds its terminal.
+    pub fn end(&mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        while self.is_running() {
+            assert!(Instant::now() < end, "it did not end; it said:\n{}", self.tail());
+            // What it says is taken, so that it can finish saying it.
+            if let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(10)) {
+                self.said.push_str(&String::from_utf8_lossy(&bytes));
+            }
+        }
+        self.child.wait().expect("its status")
+    }
+
     /// As [`wait`](Self::wait); when it has not ended after `patience`, first do `nudge`.
     pub fn wait_or(mut self, patience: Duration, nudge: impl FnOnce(&mut Guest)) -> ExitStatus {
         let end = Instant::now() + patience;
@@ -198,6 +228,14 @@ impl Drop for Guest {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Run stty on a terminal.
+pub fn stty(terminal: &Path, args: &[&str]) -> String {
+    let side = std::fs::File::open(terminal).expect("the terminal");
+    let out = Command::new("stty").args(args).stdin(side).output().expect("stty");
+    assert!(out.status.success(), "stty: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).expect("text")
 }
 
 /// A process that does not outlive the test.

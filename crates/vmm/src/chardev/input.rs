@@ -4,7 +4,7 @@ use super::{Escape, Output};
 use ringfort_bus::lock;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -102,8 +102,10 @@ impl Run {
     fn serve(&self, source: Source) {
         match source {
             Source::Terminal(mut escape) => {
-                let mut stdin = io::stdin().lock();
-                self.pump(0, &mut stdin, |b| escape.filter(b));
+                // Not through `Stdin`, whose buffer would hold bytes that waiting for the descriptor does not see.
+                let Ok(stdin) = io::stdin().as_fd().try_clone_to_owned() else { return };
+                let mut stdin = File::from(stdin);
+                self.pump(stdin.as_raw_fd(), &mut stdin, |b| escape.filter(b));
             }
             Source::File(mut f) => self.pump(f.as_raw_fd(), &mut f, <[u8]>::to_vec),
             Source::Listener(listener) => {
