@@ -19,6 +19,25 @@ pub struct Limits {
     pub discard: bool,
 }
 
+/// What is known about a piece of a disk without reading it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Status {
+    /// Length of the piece in bytes; not zero.
+    pub len: u64,
+    /// Reads as zeroes for certain.
+    pub zero: bool,
+    /// Takes space on the host.
+    pub data: bool,
+    /// Compressed in its file.
+    pub compressed: bool,
+    /// Some file of the chain says what is here; if not, it is what lies below the last one: zeroes.
+    pub present: bool,
+    /// Files between the top one and the one that holds the piece.
+    pub depth: u32,
+    /// Where the piece lies in that file, if it lies there as it is.
+    pub offset: Option<u64>,
+}
+
 /// A disk. All calls may come from several threads at once; overlapping ones are not ordered among each other.
 ///
 /// Ranges are in bytes and need no alignment (aligned ones are faster). A range beyond [`size`](Self::size) is
@@ -82,6 +101,15 @@ pub trait BlockBackend: Send + Sync {
     /// # Errors
     /// The host's.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+
+    /// What is known about the piece at `offset`, at most `len` bytes long (`len` is not zero).
+    ///
+    /// # Errors
+    /// The host's.
+    fn status(&self, offset: u64, len: u64) -> io::Result<Status> {
+        check_range(self.size(), offset, len)?;
+        Ok(Status { len, zero: false, data: true, compressed: false, present: true, depth: 0, offset: None })
+    }
 
     /// Change the size to `size` bytes, a multiple of [`SECTOR_SIZE`]. What is new reads as zeroes.
     ///

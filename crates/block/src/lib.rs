@@ -14,8 +14,8 @@ pub mod format;
 mod overlay;
 pub mod storage;
 
-pub use backend::{BlockBackend, Limits, SECTOR_SIZE, check_range};
+pub use backend::{BlockBackend, Limits, SECTOR_SIZE, Status, check_range};
 pub use buffer::{SharedSlice, SharedSliceMut, gather, scatter, slice_of, slice_of_mut, total, total_mut};
 pub use error::BlockError;
-pub use format::{Format, ImageOptions, open_image};
+pub use format::{Format, ImageOptions, open_image, open_storage_image};
 pub use overlay::Overlay;

@@ -27,6 +27,13 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Create, examine and convert disk images, with qemu-img's verbs and options
+    #[command(disable_help_flag = true)]
+    Img {
+        /// A verb and its arguments; --help lists them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "VERB …")]
+        arguments: Vec<String>,
+    },
     /// Build the default guest now, if it is not there yet, and say where its files are
     Guest {
         /// The small guest of tests and benchmarks instead: a kernel and a busybox initramfs
@@ -46,6 +53,11 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => args.run(),
         Command::Doctor { json } => doctor::run(json),
+        Command::Img { arguments } => {
+            let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
+            let mut streams = ringfort_img::Streams { out: &mut out, err: &mut err };
+            ExitCode::from(ringfort_img::run(&arguments, &mut streams))
+        }
         Command::Guest { test, json } => guest(test, json),
     }
 }
@@ -114,6 +126,14 @@ mod tests {
     fn the_parser_is_sound() {
         use clap::CommandFactory as _;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn img_takes_its_options_itself() {
+        let cli = Cli::try_parse_from(["ringfort", "img", "create", "-f", "qcow2", "--help", "a", "8G"])
+            .expect("parses");
+        let Command::Img { arguments } = cli.command else { panic!("another command") };
+        assert_eq!(arguments, ["create", "-f", "qcow2", "--help", "a", "8G"]);
     }
 
     #[test]

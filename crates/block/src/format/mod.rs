@@ -104,6 +104,18 @@ pub fn open_image(path: &Path, options: &ImageOptions) -> Result<Arc<dyn BlockBa
     open_storage_as(storage, options, &chain)
 }
 
+/// Open the disk image that `storage` is.
+///
+/// # Errors
+/// As for [`open_image`].
+pub fn open_storage_image(
+    storage: FileStorage,
+    options: &ImageOptions,
+) -> Result<Arc<dyn BlockBackend>, BlockError> {
+    let chain = Chain::start(&storage)?;
+    open_storage_as(storage, options, &chain)
+}
+
 fn open_storage(path: &Path, options: &ImageOptions) -> Result<FileStorage, BlockError> {
     FileStorage::open(
         path,

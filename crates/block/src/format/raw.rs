@@ -5,7 +5,7 @@
 
 use crate::storage::FileStorage;
 use crate::{
-    BlockBackend, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, gather, slice_of,
+    BlockBackend, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, Status, check_range, gather, slice_of,
     slice_of_mut, total, total_mut,
 };
 use std::io;
@@ -128,6 +128,21 @@ impl BlockBackend for Raw {
         self.writable()?;
         check_range(self.size(), offset, len)?;
         self.storage.write_zeroes(offset, len, unmap)
+    }
+
+    fn status(&self, offset: u64, len: u64) -> io::Result<Status> {
+        check_range(self.size(), offset, len)?;
+        let (n, data) = self.storage.extent(offset, len)?;
+        let known = Status {
+            len: n,
+            zero: !data,
+            data,
+            compressed: false,
+            present: true,
+            depth: 0,
+            offset: Some(offset),
+        };
+        Ok(known)
     }
 
     fn resize(&self, size: u64) -> io::Result<()> {

@@ -244,6 +244,56 @@ impl FileStorage {
         Ok(n as u64 == total_mut(bufs))
     }
 
+    /// The piece at `offset`, at most `len` bytes long, that is either data or a hole: its length and whether it is
+    /// data. Hosts that cannot tell say "data".
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn extent(&self, offset: u64, len: u64) -> io::Result<(u64, bool)> {
+        let there = self.len().saturating_sub(offset).min(len);
+        if there == 0 {
+            return Ok((len, false));
+        }
+        let start = check_offset(offset)?;
+        // SAFETY: plain numbers on an open descriptor; nothing uses the file position.
+        let data = unsafe { libc::lseek(self.file.as_raw_fd(), start, libc::SEEK_DATA) };
+        if data < 0 {
+            let e = io::Error::last_os_error();
+            // Nothing but a hole until the end, or a host that cannot tell.
+            return Ok((there, e.raw_os_error() != Some(libc::ENXIO)));
+        }
+        if data as u64 > offset {
+            return Ok(((data as u64 - offset).min(there), false));
+        }
+        // SAFETY: as above.
+        let hole = unsafe { libc::lseek(self.file.as_raw_fd(), start, libc::SEEK_HOLE) };
+        if hole <= start { Ok((there, true)) } else { Ok(((hole as u64 - offset).min(there), true)) }
+    }
+
+    /// Bytes that the file takes on the host.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn allocated(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blocks() * 512)
+    }
+
+    /// Reserve space for the first `len` bytes, making the file longer if need be.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn reserve(&self, len: u64) -> io::Result<()> {
+        if len > 0 {
+            let len = check_offset(len)?;
+            // SAFETY: plain numbers on an open descriptor.
+            if unsafe { libc::fallocate(self.file.as_raw_fd(), 0, 0, len) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        self.len.fetch_max(len, Ordering::AcqRel);
+        Ok(())
+    }
+
     /// Write `bufs` from `offset`; a write across the end makes the file longer.
     ///
     /// # Errors

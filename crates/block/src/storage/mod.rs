@@ -3,8 +3,10 @@
 mod direct;
 mod file;
 mod lock;
+mod new;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use file::{FileStorage, StorageOptions};
 pub use lock::Access;
+pub use new::NewFile;

@@ -116,7 +116,7 @@ impl Qcow2 {
             drop(m);
             self.commit()?;
         }
-        report.image_end = counts.end().max(1) * self.shape.cluster;
+        report.image_end = report.image_end.max(counts.end().max(1) * self.shape.cluster);
         Ok(report)
     }
 
@@ -195,7 +195,6 @@ impl Qcow2 {
         self.count_bitmaps(&h, r, &mut range)?;
         let m_shape = { self.meta().header.clone() };
         for (l1, active) in &trees {
-            let mut next = None;
             for entry in l1.iter().copied().filter(|e| e & OFFSET != 0) {
                 let at = entry & OFFSET;
                 if !at.is_multiple_of(cluster) {
@@ -204,6 +203,7 @@ impl Qcow2 {
                 }
                 range(r, at, cluster, "L2 table");
                 let Ok(table) = read_words(&self.file, at, (cluster / 8) as usize) else { continue };
+                let mut next = None;
                 for desc in table.chunks_exact(m_shape.l2_words()).map(|w| w[0]) {
                     self.count_entry(desc, *active, &mut next, r, &mut range);
                 }
@@ -337,6 +337,9 @@ impl Qcow2 {
                     0
                 }
             };
+            if have > 0 {
+                r.image_end = (c + 1) * self.shape.cluster;
+            }
             if have > want {
                 r.leaks += 1;
                 r.say(format!("Leaked cluster {c} refcount={have} reference={want}"));
@@ -359,12 +362,13 @@ impl Qcow2 {
             }
             c += 1;
         }
-        self.compare_flags(&mut m, counts, r, repair)?;
+        // Wrong counts are no measure: once they are rebuilt the flags are looked at again.
+        self.compare_flags(&mut m, r, if broken { Repair::None } else { repair })?;
         Ok(broken)
     }
 
     /// The flag "refcount is one" of the active tables.
-    fn compare_flags(&self, m: &mut Meta, counts: &Counts, r: &mut Report, repair: Repair) -> io::Result<()> {
+    fn compare_flags(&self, m: &mut Meta, r: &mut Report, repair: Repair) -> io::Result<()> {
         let words = m.header.l2_words();
         let cluster = self.shape.cluster;
         for i in 0..m.l1.len() {
@@ -373,10 +377,11 @@ impl Qcow2 {
             if at == 0 || !at.is_multiple_of(cluster) {
                 continue;
             }
-            if (counts.get(at / cluster) == 1) != (entry & COPIED != 0) {
+            // A count that cannot be read is reported already.
+            let refcount = m.refcount(at / cluster, &self.file).unwrap_or(1);
+            if (refcount == 1) != (entry & COPIED != 0) {
                 r.corrupt(format!(
-                    "OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={}",
-                    counts.get(at / cluster)
+                    "OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}"
                 ));
                 if repair == Repair::All {
                     m.l1[i] = entry ^ COPIED;
@@ -384,22 +389,21 @@ impl Qcow2 {
                     r.corruptions_fixed += 1;
                 }
             }
-            let Ok(Some(table)) = m.table(i as u64, &self.file) else { continue };
             for e in 0..(cluster / 8) as usize / words {
+                let Ok(Some(table)) = m.table(i as u64, &self.file) else { break };
                 let desc = table.word(e * words);
                 let at = desc & OFFSET;
                 if self.shape.external || desc & COMPRESSED != 0 || at == 0 || !at.is_multiple_of(cluster) {
                     continue;
                 }
-                if (counts.get(at / cluster) == 1) != (desc & COPIED != 0) {
-                    r.corrupt(format!(
-                        "OFLAG_COPIED data cluster: l2_entry={desc:x} refcount={}",
-                        counts.get(at / cluster)
-                    ));
-                    if repair == Repair::All {
-                        table.set_word(e * words, desc ^ COPIED);
-                        r.corruptions_fixed += 1;
-                    }
+                let refcount = m.refcount(at / cluster, &self.file).unwrap_or(1);
+                if (refcount == 1) == (desc & COPIED != 0) {
+                    continue;
+                }
+                r.corrupt(format!("OFLAG_COPIED data cluster: l2_entry={desc:x} refcount={refcount}"));
+                if let (Repair::All, Ok(Some(table))) = (repair, m.table(i as u64, &self.file)) {
+                    table.set_word(e * words, desc ^ COPIED);
+                    r.corruptions_fixed += 1;
                 }
             }
         }

@@ -27,7 +27,8 @@ pub use io_path::{Extent, ExtentKind};
 
 use crate::storage::{FileStorage, StorageOptions};
 use crate::{
-    BlockBackend, BlockError, ImageOptions, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range,
+    BlockBackend, BlockError, ImageOptions, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, Status,
+    check_range,
 };
 use crate::{total, total_mut};
 use header::{AUTOCLEAR_RAW_DATA, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY};
@@ -391,6 +392,39 @@ impl BlockBackend for Qcow2 {
             self.zero_range(offset, len, unmap)?;
         }
         self.settle()
+    }
+
+    fn status(&self, offset: u64, len: u64) -> io::Result<Status> {
+        let x = self.map(offset, len)?;
+        let here = Status {
+            len: x.len,
+            zero: false,
+            data: true,
+            compressed: false,
+            present: true,
+            depth: 0,
+            offset: None,
+        };
+        Ok(match x.kind {
+            ExtentKind::Data(host) => {
+                // A hole in the file, as preallocation leaves it, need not be read.
+                let (len, data) = self.data_file().extent(host, x.len)?;
+                Status { len, zero: !data, offset: Some(host), ..here }
+            }
+            ExtentKind::Compressed(_) => Status { compressed: true, ..here },
+            ExtentKind::Zero { host } => Status { zero: true, data: false, offset: host, ..here },
+            ExtentKind::Below => {
+                let there = self.backing.as_ref().map_or(0, |b| b.size().saturating_sub(offset)).min(x.len);
+                match &self.backing {
+                    Some(b) if there > 0 => {
+                        let below = b.status(offset, there)?;
+                        Status { depth: below.depth + 1, ..below }
+                    }
+                    Some(_) => Status { zero: true, data: false, present: false, ..here },
+                    None => Status { zero: true, data: false, present: false, ..here },
+                }
+            }
+        })
     }
 
     fn resize(&self, size: u64) -> io::Result<()> {

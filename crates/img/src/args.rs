@@ -1,0 +1,109 @@
+//! Options as getopt_long reads them: letters together, values attached or apart, long names with `=`.
+
+use crate::Failure;
+
+/// What stands on the command line: options in order, and the rest.
+pub struct Parsed {
+    options: Vec<(String, String)>,
+    /// What is no option.
+    pub rest: Vec<String>,
+}
+
+/// Read `arguments`: `flags` take no value, `valued` take one. Names of one letter are letters.
+pub fn parse(arguments: &[String], flags: &[&str], valued: &[&str]) -> Result<Parsed, Failure> {
+    let mut p = Parsed { options: Vec::new(), rest: Vec::new() };
+    let mut it = arguments.iter();
+    let unknown = |name: &str| {
+        Failure::new(format!("unrecognized option '{name}'; `ringfort img --help` lists what there is"))
+    };
+    let need = |name: &str| Failure::new(format!("option '{name}' needs a value"));
+    while let Some(a) = it.next() {
+        if a == "--" {
+            p.rest.extend(it.by_ref().cloned());
+        } else if let Some(long) = a.strip_prefix("--") {
+            let (name, value) = long.split_once('=').map_or((long, None), |(n, v)| (n, Some(v.to_owned())));
+            if name.len() > 1 && flags.contains(&name) && value.is_none() {
+                p.options.push((name.into(), String::new()));
+            } else if name.len() > 1 && valued.contains(&name) {
+                let value = value.or_else(|| it.next().cloned()).ok_or_else(|| need(a))?;
+                p.options.push((name.into(), value));
+            } else {
+                return Err(unknown(a));
+            }
+        } else if a.len() > 1 && a.starts_with('-') {
+            for (i, c) in a[1..].char_indices() {
+                let name = c.to_string();
+                if flags.contains(&name.as_str()) {
+                    p.options.push((name, String::new()));
+                } else if valued.contains(&name.as_str()) {
+                    let attached = &a[1 + i + c.len_utf8()..];
+                    let value =
+                        if attached.is_empty() { it.next().cloned() } else { Some(attached.to_owned()) };
+                    p.options.push((name, value.ok_or_else(|| need(a))?));
+                    break;
+                } else {
+                    return Err(unknown(&format!("-{c}")));
+                }
+            }
+        } else {
+            p.rest.push(a.clone());
+        }
+    }
+    Ok(p)
+}
+
+impl Parsed {
+    /// Whether a flag is given.
+    pub fn has(&self, name: &str) -> bool {
+        self.options.iter().any(|o| o.0 == name)
+    }
+
+    /// The last value of an option.
+    pub fn value(&self, name: &str) -> Option<&str> {
+        self.options.iter().rev().find(|o| o.0 == name).map(|o| o.1.as_str())
+    }
+
+    /// All values of an option.
+    pub fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
+        self.options.iter().filter(move |o| o.0 == name).map(|o| o.1.as_str())
+    }
+
+    /// `--output`: whether it is JSON.
+    pub fn json(&self) -> Result<bool, Failure> {
+        match self.value("output") {
+            None | Some("human") => Ok(false),
+            Some("json") => Ok(true),
+            Some(_) => Err(Failure::new("--output must be used with human or json as argument.")),
+        }
+    }
+
+    /// The only argument that is no option.
+    pub fn one_file(&self) -> Result<&str, Failure> {
+        match self.rest.as_slice() {
+            [one] => Ok(one),
+            _ => Err(Failure::new("Expecting one image file name")),
+        }
+    }
+}
+
+/// `name=value` pairs of `-o`, where a doubled comma stands for one.
+pub fn pairs<'a>(options: impl Iterator<Item = &'a str>) -> Result<Vec<(String, String)>, Failure> {
+    let mut out = Vec::new();
+    for o in options {
+        for part in o.replace(",,", "\0").split(',').filter(|p| !p.is_empty()) {
+            let part = part.replace('\0', ",");
+            let (k, v) = part.split_once('=').unwrap_or((&part, "on"));
+            out.push((k.to_owned(), v.to_owned()));
+        }
+    }
+    Ok(out)
+}
+
+/// `on` or `off`.
+pub fn switch(name: &str, value: &str) -> Result<bool, Failure> {
+    match value {
+        "on" | "yes" | "true" => Ok(true),
+        "off" | "no" | "false" => Ok(false),
+        _ => Err(Failure::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
+    }
+}
