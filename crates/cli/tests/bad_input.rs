@@ -95,7 +95,7 @@ fn a_kernel_that_may_not_be_read() {
     use std::os::unix::fs::PermissionsExt as _;
     let p = Place::new("bad-permissions");
     let kernel = p.scratch.0.join("good");
-    std::fs::set_permissions(&kernel, std::fs::Permissions::from_mode(0)).expect("permissions");
+    std::fs::set_permissions(&kernel, std::fs::Permissions::from_mode(0o000)).expect("permissions");
     let mut command = p.command(&["--kernel", "good"]);
     if std::fs::File::open(&kernel).is_ok() {
         // Root reads everything unless it gives up the right to.
