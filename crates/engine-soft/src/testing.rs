@@ -330,6 +330,16 @@ impl Machine {
         self.write(table + (lin >> 12 & 0x1ff) * 8, &entry.to_le_bytes());
     }
 
+    /// Translate code from its `hot`-th execution on, with `size` bytes of code memory.
+    ///
+    /// # Panics
+    /// If the host gives no memory.
+    pub fn translate(&mut self, hot: u32, size: usize) {
+        let mut t = crate::translate::Translator::with_size(size).expect("memory for code");
+        t.hot = hot;
+        self.cpu.translator = Some(t);
+    }
+
     /// Write guest physical memory, as a device would.
     ///
     /// # Panics

@@ -23,8 +23,8 @@ use stubs::Stubs;
 
 /// Bytes of code memory of one vCPU. When they are used up, all translations are dropped.
 const CODE_SIZE: usize = 24 << 20;
-/// Executions of a block by the interpreter before it is translated.
-const HOT: u32 = 24;
+/// Executions of a block by the interpreter before it is translated. Small guests of unit tests are to be translated too.
+const HOT: u32 = if cfg!(test) { 2 } else { 24 };
 /// Blocks that run before the loop looks at the clock.
 const BUDGET: i32 = 2048;
 /// Entries of the jump table.
@@ -104,7 +104,15 @@ impl Translator {
     /// # Errors
     /// When the host gives no memory for code.
     pub fn new() -> std::io::Result<Box<Translator>> {
-        let mut memory = CodeMemory::new(CODE_SIZE)?;
+        Translator::with_size(CODE_SIZE)
+    }
+
+    /// As [`Translator::new`], with `size` bytes of code memory (a whole number of pages).
+    ///
+    /// # Errors
+    /// When the host gives no memory for code.
+    pub fn with_size(size: usize) -> std::io::Result<Box<Translator>> {
+        let mut memory = CodeMemory::new(size)?;
         let (stubs, used) = Stubs::write(&mut memory);
         Ok(Box::new(Translator {
             memory,

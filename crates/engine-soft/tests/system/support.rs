@@ -46,7 +46,10 @@ impl Guest {
         Guest::of(Machine::with_cpuid(mode, cpuid), mode)
     }
 
-    fn of(m: Machine, mode: TestMode) -> Guest {
+    fn of(mut m: Machine, mode: TestMode) -> Guest {
+        if crate::TRANSLATED {
+            m.translate(1, 1 << 20);
+        }
         let bits = match mode {
             TestMode::Real | TestMode::Protected16 => 16,
             TestMode::Long64 => 64,
