@@ -177,6 +177,8 @@ fn how(i: &Instruction, op: &Op) -> How {
         | I::Mov_moffs16_AX
         | I::Mov_moffs32_EAX
         | I::Mov_moffs64_RAX => return How::Call,
+        // AMD reads four bytes for it, which may reach beyond what was probed.
+        I::Movsxd_r16_rm16 => return How::Call,
         _ => {}
     }
     if i.is_jcc_short_or_near() && matches!(i.op0_kind(), OpKind::NearBranch64) {

@@ -1,7 +1,8 @@
 //! Both sides of the comparison.
 
 use super::generate::{self, BRANCH_TO, Generated};
-use super::native::{CODE, DATA, DATA_SIZE, Fault, Runner, State};
+use super::native::{CODE, CODE_SIZE, DATA, DATA_SIZE, Fault, Runner, State};
+use super::programs::{self, Program};
 use fastrand::Rng;
 use iced_x86::{Instruction, Mnemonic as M};
 use ringfort_engine_soft::cpu::{CodeSize, RIP};
@@ -57,7 +58,9 @@ impl Bench {
             guest.cpu.translator = Some(t);
         }
         guest.set_user();
-        guest.map(CODE, GUEST_CODE, 5);
+        for page in (0..CODE_SIZE as u64).step_by(0x1000) {
+            guest.map(CODE + page, GUEST_CODE + page, 5);
+        }
         for page in (0..DATA_SIZE as u64).step_by(0x1000) {
             guest.map(DATA + page, GUEST_DATA + page, 7);
         }
@@ -131,20 +134,30 @@ impl Bench {
     fn run_native(&mut self, bytes: &[u8], start: &State) -> Outcome {
         let p = self.program(bytes);
         self.native.code()[..p.len()].copy_from_slice(&p);
+        self.native_from(start, CODE)
+    }
+
+    /// What the host makes of the code that is in place.
+    fn native_from(&mut self, start: &State, at: u64) -> Outcome {
         self.native.data().copy_from_slice(&self.content);
         let mut state = *start;
-        let fault = self.native.run(&mut state, CODE);
+        let fault = self.native.run(&mut state, at);
         Outcome { state, fault, data: self.native.data().to_vec() }
     }
 
     fn run_guest(&mut self, bytes: &[u8], start: &State) -> Outcome {
         let p = self.program(bytes);
         self.guest.write(GUEST_CODE, &p);
+        self.guest_from(start, CODE, &[CODE + bytes.len() as u64, CODE + BRANCH_TO], self.way)
+    }
+
+    /// What the engine makes of the code that is in place, until it leaves it or comes to one of `ends`.
+    fn guest_from(&mut self, start: &State, at: u64, ends: &[u64], way: Way) -> Outcome {
         self.guest.write(GUEST_DATA, &self.content);
         let c = &mut self.guest.cpu;
         c.fpu_load();
         c.regs[..16].copy_from_slice(&start.gpr);
-        c.regs[usize::from(RIP)] = CODE;
+        c.regs[usize::from(RIP)] = at;
         c.set_rflags_raw(start.flags | 0x202);
         for (r, v) in c.vec.ymm.iter_mut().zip(&start.ymm) {
             r.0 = *v;
@@ -153,12 +166,11 @@ impl Bench {
         mxcsr.copy_from_slice(&start.fx.0[24..28]);
         c.vec.mxcsr = u32::from_le_bytes(mxcsr);
         c.fpu.image[..160].copy_from_slice(&start.fx.0[..160]);
-        let ends = [CODE + bytes.len() as u64, CODE + BRANCH_TO];
         let mut fault = None;
         // A block takes the jump at the end along: to the host's exit.
         let exit = self.native.exit();
         for _ in 0..2000 {
-            let r = if self.way == Way::Steps { self.guest.step() } else { self.guest.step_block() };
+            let r = if way == Way::Steps { self.guest.step() } else { self.guest.step_block() };
             if let Err(t) = r {
                 fault = Some(Fault {
                     vector: t.vector,
@@ -253,6 +265,45 @@ impl Bench {
         let got = self.run_guest(&bytes, start);
         let last = parts.last().map(|g| g.instruction).unwrap_or_default();
         self.differences(start, &want, &got, &last)
+    }
+
+    /// Compare a program from several states, the first time untranslated code and later what has been linked. With `segments` the
+    /// interpreter instead of the host says what is right: the host's own FS is not to be touched.
+    pub fn program_runs(&mut self, p: &Program, rng: &mut Rng, segments: bool) {
+        if self.failed.len() >= ENOUGH {
+            return;
+        }
+        let mut text = vec![0xcc; CODE_SIZE];
+        text[p.at..p.at + p.bytes.len()].copy_from_slice(&p.bytes);
+        let end = p.at + p.bytes.len();
+        text[end..end + 6].copy_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
+        text[end + 6..end + 14].copy_from_slice(&self.native.exit().to_le_bytes());
+        self.native.code().copy_from_slice(&text);
+        self.guest.write(GUEST_CODE, &text);
+        let at = CODE + p.at as u64;
+        for _ in 0..4 {
+            self.fresh_content(rng);
+            let start = programs::state(rng);
+            if segments {
+                for n in [4, 5] {
+                    self.guest.cpu.seg[n].base = rng.u64(0..0x800).wrapping_sub(0x400);
+                }
+            }
+            let want = if segments {
+                let t = self.guest.cpu.translator.take();
+                let o = self.guest_from(&start, at, &[], Way::Steps);
+                self.guest.cpu.translator = t;
+                o
+            } else {
+                self.native_from(&start, at)
+            };
+            let got = self.guest_from(&start, at, &[], self.way);
+            let diff = self.differences(&start, &want, &got, &Instruction::default());
+            if !diff.is_empty() {
+                self.note(format!("program at {at:#x}, {} bytes", p.bytes.len()), &p.bytes, &start, &diff);
+            }
+            self.content = want.data;
+        }
     }
 
     fn note(&mut self, what: String, bytes: &[u8], start: &State, diff: &str) {

@@ -8,6 +8,7 @@
 mod compare;
 mod generate;
 mod native;
+mod programs;
 
 use compare::{Bench, Way};
 use fastrand::Rng;
@@ -246,6 +247,38 @@ fn translated_sequences() {
     let cases = setting("RINGFORT_DIFF_CASES", 400) * 50;
     sequences(&[Group::Integer], cases, Way::Translated);
     sequences(&[Group::Vector, Group::X87, Group::Integer], cases, Way::Translated);
+}
+
+#[test]
+fn translated_programs() {
+    programs_of(setting("RINGFORT_DIFF_CASES", 400), Way::Translated, false);
+}
+
+#[test]
+fn interpreted_programs() {
+    programs_of(setting("RINGFORT_DIFF_CASES", 400) / 2, Way::Blocks, false);
+}
+
+/// Against the interpreter: with memory operands by FS and GS.
+#[test]
+fn translated_programs_with_segments() {
+    programs_of(setting("RINGFORT_DIFF_CASES", 400) / 2, Way::Translated, true);
+}
+
+/// Jumps, loops, calls, stack traffic, faults half-way.
+fn programs_of(cases: u64, way: Way, segments: bool) {
+    let mut rng = Rng::with_seed(setting("RINGFORT_DIFF_SEED", 1));
+    let mut bench = Bench::new(way);
+    let codes: Vec<Code> = codes(Group::Integer)
+        .into_iter()
+        .filter(|&c| c.flow_control() == FlowControl::Next && c != Code::Movsxd_r16_rm16)
+        .filter(|c| !Bench::loose_flags(c.mnemonic()))
+        .collect();
+    for _ in 0..cases {
+        let p = programs::program(&codes, &mut rng, segments, &|i| bench.offers(i));
+        bench.program_runs(&p, &mut rng, segments);
+    }
+    bench.finish(cases);
 }
 
 /// Several instructions in a row, so that what one leaves is what the next finds.

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Where code is executed.
 pub const CODE: u64 = 0x3100_0000;
 /// Bytes of code space.
-pub const CODE_SIZE: usize = 0x1000;
+pub const CODE_SIZE: usize = 0x3000;
 /// Where memory operands lie; the pages around are not mapped.
 pub const DATA: u64 = 0x3200_0000;
 /// Bytes of data space.
