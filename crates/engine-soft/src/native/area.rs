@@ -1,8 +1,8 @@
 //! The executable area that holds native stubs, and the SIGFPE handler that turns numeric exceptions raised by a stub into a result.
 //!
-//! The area is one memfd mapped twice: writable (never executable) and executable (never writable). It is shared by all vCPUs of the
-//! process and only grows: the number of distinct stubs is bounded (see [`super::stub`]).
+//! The area is shared by all vCPUs of the process and only grows: the number of distinct stubs is bounded (see [`super::stub`]).
 
+use crate::codemem::CodeMemory;
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -15,13 +15,9 @@ pub(super) const HOST_MXCSR_AT: usize = 0;
 
 /// The area, mapped.
 pub(super) struct Area {
-    writable: *mut u8,
-    executable: *const u8,
+    memory: CodeMemory,
     used: usize,
 }
-
-// SAFETY: the pointers are to mappings that live as long as the process; `Area` is used under a lock.
-unsafe impl Send for Area {}
 
 /// First address of the executable mapping; 0 until there is one. For the signal handler.
 static START: AtomicUsize = AtomicUsize::new(0);
@@ -35,40 +31,23 @@ static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut(
 impl Area {
     /// Map an area, write the common exits, and install the signal handler. Once per process.
     pub(super) fn new() -> io::Result<Area> {
-        // SAFETY: plain system calls; the name is NUL-terminated.
-        let (writable, executable) = unsafe {
-            let fd = libc::memfd_create(c"native-stubs".as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            let map = |prot| libc::mmap(std::ptr::null_mut(), SIZE, prot, libc::MAP_SHARED, fd, 0);
-            let sized = libc::ftruncate(fd, SIZE as libc::off_t);
-            let w = map(libc::PROT_READ | libc::PROT_WRITE);
-            let x = map(libc::PROT_READ | libc::PROT_EXEC);
-            let error = io::Error::last_os_error();
-            libc::close(fd);
-            if sized != 0 || w == libc::MAP_FAILED || x == libc::MAP_FAILED {
-                return Err(error);
-            }
-            (w.cast::<u8>(), x.cast::<u8>().cast_const())
-        };
-        let mut area = Area { writable, executable, used: 64 };
+        let mut memory = CodeMemory::new(SIZE)?;
         // All exceptions masked, round to nearest: what the ABI promises to compiled code.
-        // SAFETY: inside the writable mapping.
-        unsafe { writable.add(HOST_MXCSR_AT).cast::<u32>().write(0x1f80) };
+        memory.write(HOST_MXCSR_AT, &0x1f80u32.to_le_bytes());
+        let mut area = Area { memory, used: 64 };
         for (after_xm, exit) in [(true, &EXIT_XM), (false, &EXIT_MF)] {
             let code = super::stub::fault_exit(area.next(), after_xm, area.address(HOST_MXCSR_AT));
             let at = area.add(&code).ok_or(io::ErrorKind::OutOfMemory)?;
             exit.store(at, Ordering::Relaxed);
         }
-        START.store(executable as usize, Ordering::Release);
         install_handler()?;
+        START.store(area.address(0), Ordering::Release);
         Ok(area)
     }
 
     /// The executable address of an offset.
     pub(super) fn address(&self, offset: usize) -> usize {
-        self.executable as usize + offset
+        self.memory.address(offset)
     }
 
     /// The address that the next piece of code added will have.
@@ -81,8 +60,8 @@ impl Area {
         if code.len() > SIZE - self.used {
             return None;
         }
-        // SAFETY: the range lies inside the writable mapping and has never been handed out.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(self.used), code.len()) };
+        // Nobody executes it yet: the range has never been handed out.
+        self.memory.write(self.used, code);
         let at = self.next();
         self.used = (self.used + code.len()).next_multiple_of(16).min(SIZE);
         Some(at)

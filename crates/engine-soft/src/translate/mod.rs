@@ -48,6 +48,9 @@ mod exit {
     pub const PANIC: u64 = 6;
 }
 
+/// Names of the exits, for statistics.
+pub const EXITS: [&str; 7] = ["poll", "look-up", "link", "advance", "branch", "trap", "panic"];
+
 /// An entry of the jump table. The layout is known to [`stubs`].
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -86,6 +89,10 @@ pub struct Translator {
     pub blocks: u64,
     /// Times that all translations were dropped because code memory was full.
     pub flushes: u64,
+    /// Jumps linked.
+    pub links: u64,
+    /// Ways back to the run loop by cause, in the order of [`exit`] and [`EXITS`].
+    pub exits: [u64; EXITS.len()],
 }
 
 // SAFETY: the raw pointers of the jump table are to words that guest memory holds; one thread uses a translator at a time.
@@ -124,6 +131,8 @@ impl Translator {
             hot: HOT,
             blocks: 0,
             flushes: 0,
+            links: 0,
+            exits: [0; EXITS.len()],
         }))
     }
 
@@ -194,6 +203,11 @@ impl Cpu {
         self.hot.budget = BUDGET;
         let entry = t.stubs.entry();
         let (why, what) = stubs::enter(entry, self, b.code.get());
+        if let Some(t) = self.translator.as_mut()
+            && let Some(n) = t.exits.get_mut(why as usize)
+        {
+            *n += 1;
+        }
         match why {
             exit::POLL => After::Poll,
             exit::LINK => {
@@ -236,6 +250,7 @@ impl Cpu {
             let from = t.memory.address(slot + 5);
             let distance = b.code.get().wrapping_sub(from) as u32;
             t.memory.write(slot + 1, &distance.to_le_bytes());
+            t.links += 1;
         }
     }
 }

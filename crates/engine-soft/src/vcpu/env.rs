@@ -121,6 +121,14 @@ pub struct Counters {
     pub port: AtomicU64,
     /// MMIO loads and stores, the local APIC's page not counted.
     pub mmio: AtomicU64,
+    /// Blocks translated.
+    pub translated: AtomicU64,
+    /// Times that all translations were dropped.
+    pub flushes: AtomicU64,
+    /// Jumps between translated blocks linked.
+    pub links: AtomicU64,
+    /// Ways back from translated code, by cause; see [`EXITS`](crate::translate::EXITS).
+    pub exits: [AtomicU64; crate::translate::EXITS.len()],
 }
 
 /// What the vCPUs of one VM share.

@@ -202,5 +202,13 @@ impl Cpu {
         c.tlb_misses.store(self.mmu.misses, Ordering::Relaxed);
         c.interrupts.store(self.local.interrupts, Ordering::Relaxed);
         c.sleeps.store(self.local.sleeps, Ordering::Relaxed);
+        if let Some(t) = &self.translator {
+            c.translated.store(t.blocks, Ordering::Relaxed);
+            c.flushes.store(t.flushes, Ordering::Relaxed);
+            c.links.store(t.links, Ordering::Relaxed);
+            for (to, n) in c.exits.iter().zip(t.exits) {
+                to.store(n, Ordering::Relaxed);
+            }
+        }
     }
 }

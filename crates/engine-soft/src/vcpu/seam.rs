@@ -167,10 +167,16 @@ impl Vm for SoftVm {
                 ("kicks", &c.kicks),
                 ("port-accesses", &c.port),
                 ("mmio-accesses", &c.mmio),
+                ("blocks-translated", &c.translated),
+                ("translation-flushes", &c.flushes),
+                ("jumps-linked", &c.links),
             ];
             out.extend(
                 named.map(|(name, n)| (format!("vcpu{}.{name}", v.apic_id), n.load(Ordering::Relaxed))),
             );
+            out.extend(crate::translate::EXITS.iter().zip(&c.exits).map(|(name, n)| {
+                (format!("vcpu{}.translated-exits.{name}", v.apic_id), n.load(Ordering::Relaxed))
+            }));
         }
         out
     }
