@@ -560,7 +560,7 @@ impl Emit<'_> {
             }
             How::Same => self.same(i, op, &u, before, wanted),
             How::Push => {
-                self.spare_flags(before);
+                self.spare_flags();
                 self.c.lea(T0, Some(SP), None, -8);
                 let slow = self.probe(8, true);
                 let value = if i.op0_kind() == OpKind::Register {
@@ -574,7 +574,7 @@ impl Emit<'_> {
                 self.slow_path(slow, op, wanted);
             }
             How::Pop => {
-                self.spare_flags(before);
+                self.spare_flags();
                 self.c.mov(T0, SP);
                 let slow = self.probe(8, false);
                 self.c.load(T1, T0, 0);
@@ -586,7 +586,7 @@ impl Emit<'_> {
                 self.slow_path(slow, op, wanted);
             }
             How::Leave => {
-                self.spare_flags(before);
+                self.spare_flags();
                 self.c.mov(T0, 5);
                 let slow = self.probe(8, false);
                 self.c.lea(SP, Some(5), None, 8);
@@ -614,7 +614,7 @@ impl Emit<'_> {
             }
             How::CallRelative => {
                 // The callee's wants are not known when it lies in another page.
-                self.spare_flags(wanted | before);
+                self.spare_flags();
                 self.c.lea(T0, Some(SP), None, -8);
                 let slow = self.probe(8, true);
                 self.c.load(T1, CPU, reg_at(RIP));
@@ -626,7 +626,7 @@ impl Emit<'_> {
                 return true;
             }
             How::Return => {
-                self.spare_flags(ALL);
+                self.spare_flags();
                 self.c.mov(T0, SP);
                 let slow = self.probe(8, false);
                 self.c.load(T0, T0, 0);
@@ -649,11 +649,9 @@ impl Emit<'_> {
         false
     }
 
-    /// Before host code clobbers the flags: those in `live` must not be lost.
-    fn spare_flags(&mut self, live: u32) {
-        if live != 0 {
-            self.save_flags();
-        }
+    /// Before a TLB probe clobbers the host's flags: the guest's go to memory, where also the handler of a fault finds them.
+    fn spare_flags(&mut self) {
+        self.save_flags();
         self.at = At::Memory;
     }
 
@@ -688,7 +686,7 @@ impl Emit<'_> {
         let mut new = *i;
         let mut slow = None;
         if memory {
-            self.spare_flags(before);
+            self.spare_flags();
             self.address(op);
             let write = writes_memory(i);
             slow = Some(self.probe(op.memsize.into(), write));
@@ -795,8 +793,14 @@ fn wanted_after(
         wanted[n] = live;
         let u = flags::of(&instructions[n]);
         live = u.reads | live & !u.kills;
-        // A handler that ends the block or faults hands the flags on as they are in memory.
-        if hows[n] == How::Call && (ops[n].flags & op_flags::END != 0 || u.reads == ALL) {
+        // What may fault shows the flags to the fault's handler, as they were before it.
+        let touches_memory =
+            ops[n].flags & op_flags::MEM != 0 && hows[n] != How::Lea && hows[n] != How::Nothing;
+        let may_fault = matches!(
+            hows[n],
+            How::Call | How::Push | How::Pop | How::Leave | How::CallRelative | How::Return
+        );
+        if touches_memory || may_fault {
             live = ALL;
         }
     }

@@ -89,10 +89,7 @@ fn flags_survive_when_what_would_replace_them_goes() {
         a.jnz(top).unwrap();
         a.hlt().unwrap();
     });
-    // Translated code drops flags that no instruction reads, as the code stands when it is translated.
-    if !crate::TRANSLATED {
-        assert_eq!(g.reg(gpr::RBX), 3);
-    }
+    assert_eq!(g.reg(gpr::RBX), 3);
 }
 
 #[test]
@@ -401,14 +398,7 @@ fn a_fault_in_the_middle_is_precise() {
     });
     assert_eq!(g.reg(15), 1);
     assert_eq!(g.reg(13), layout::CODE + 18);
-    // Translated code drops flags that are overwritten before they are read; a handler sees older ones.
-    if !crate::TRANSLATED {
-        assert_eq!(
-            g.reg(14) & 0x8d5,
-            0x55,
-            "CF, PF, AF and ZF of the ADD, although a later one overwrites them"
-        );
-    }
+    assert_eq!(g.reg(14) & 0x8d5, 0x55, "CF, PF, AF and ZF of the ADD, although a later one overwrites them");
     assert_eq!(g.reg(gpr::RBP), 3);
     assert_eq!(g.m.read_u64(PAGE + 0xffc), 1);
 }
