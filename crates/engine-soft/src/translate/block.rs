@@ -1,6 +1,7 @@
 //! One block: from guest instructions to host code.
 
 use super::asm::{CPU, Code, Hole, RAX, SP, T0, T1, T2};
+use super::choose::{How, condition, how, writes_memory};
 use super::flags::{self, ALL};
 use super::stubs::{ARITH, BUDGET, PINNED, REQUESTS, TLB, reg_at};
 use super::{Stubs, Translator};
@@ -8,8 +9,7 @@ use crate::cache::Block;
 use crate::cpu::{CodeSize, Cpu, RIP, ZERO};
 use crate::decode::{self, Fetched, Op, op_flags};
 use crate::mmu::{TLB_ENTRIES, TlbEntry};
-use iced_x86::{Code as I, Encoder, Instruction, Mnemonic as M, OpKind, Register};
-use ringfort_x86::segment::{FS, GS};
+use iced_x86::{Code as I, Encoder, Instruction, OpKind, Register};
 use std::mem::offset_of;
 
 /// Most host bytes that one guest instruction becomes, slow path included; blocks are not begun with less room than this for each op.
@@ -49,25 +49,6 @@ struct Emit<'a> {
     start: usize,
     /// Guest physical page of the block.
     page: u64,
-}
-
-/// How an instruction is translated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum How {
-    /// By the handler.
-    Call,
-    /// As itself, with registers and memory operand replaced.
-    Same,
-    /// No effect.
-    Nothing,
-    Lea,
-    Push,
-    Pop,
-    Leave,
-    Jump,
-    Conditional,
-    CallRelative,
-    Return,
 }
 
 impl Cpu {
@@ -148,185 +129,14 @@ impl Cpu {
     }
 }
 
-fn how(i: &Instruction, op: &Op) -> How {
-    use op_flags::*;
-    if op.flags & (LOCK | REP | REPNE) != 0 && !matches!(i.mnemonic(), M::Ret | M::Jmp | M::Call) {
-        return How::Call;
-    }
-    if op.flags & END != 0 && i.flow_control() == iced_x86::FlowControl::Next {
-        // Not declared by the guest's CPUID, or something that the run loop must see.
-        return How::Call;
-    }
-    let plain_memory = op.flags & MEM == 0 || op.flags & (FLAT | FLAT32) != 0 || fs_or_gs(op);
-    match i.code() {
-        I::Push_r64 | I::Pushq_imm8 | I::Pushq_imm32 => return How::Push,
-        I::Push_rm64 if i.op0_kind() == OpKind::Register => return How::Push,
-        I::Pop_r64 => return How::Pop,
-        I::Pop_rm64 if i.op0_kind() == OpKind::Register => return How::Pop,
-        I::Leaveq => return How::Leave,
-        I::Jmp_rel8_64 | I::Jmp_rel32_64 => return How::Jump,
-        I::Call_rel32_64 => return How::CallRelative,
-        I::Retnq | I::Retnq_imm16 => return How::Return,
-        I::Lea_r64_m | I::Lea_r32_m if op.flags & (ADDR16 | ADDR32) == 0 => return How::Lea,
-        // Addresses that no other form can have.
-        I::Mov_AL_moffs8
-        | I::Mov_AX_moffs16
-        | I::Mov_EAX_moffs32
-        | I::Mov_RAX_moffs64
-        | I::Mov_moffs8_AL
-        | I::Mov_moffs16_AX
-        | I::Mov_moffs32_EAX
-        | I::Mov_moffs64_RAX => return How::Call,
-        // AMD reads four bytes for it, which may reach beyond what was probed.
-        I::Movsxd_r16_rm16 => return How::Call,
-        _ => {}
-    }
-    if i.is_jcc_short_or_near() && matches!(i.op0_kind(), OpKind::NearBranch64) {
-        return How::Conditional;
-    }
-    let same = match i.mnemonic() {
-        M::Nop
-        | M::Endbr64
-        | M::Endbr32
-        | M::Prefetcht0
-        | M::Prefetcht1
-        | M::Prefetcht2
-        | M::Prefetchnta
-        | M::Prefetchw
-        | M::Lfence => return How::Nothing,
-        M::Add
-        | M::Or
-        | M::Adc
-        | M::Sbb
-        | M::And
-        | M::Sub
-        | M::Xor
-        | M::Cmp
-        | M::Test
-        | M::Inc
-        | M::Dec
-        | M::Neg
-        | M::Not
-        | M::Mov
-        | M::Movzx
-        | M::Movsx
-        | M::Movsxd
-        | M::Imul
-        | M::Mul
-        | M::Shl
-        | M::Shr
-        | M::Sar
-        | M::Rol
-        | M::Ror
-        | M::Shld
-        | M::Shrd
-        | M::Bsf
-        | M::Bsr
-        | M::Tzcnt
-        | M::Lzcnt
-        | M::Popcnt
-        | M::Bswap
-        | M::Cbw
-        | M::Cwde
-        | M::Cdqe
-        | M::Cwd
-        | M::Cdq
-        | M::Cqo
-        | M::Andn
-        | M::Bextr
-        | M::Blsi
-        | M::Blsr
-        | M::Blsmsk
-        | M::Bzhi
-        | M::Shlx
-        | M::Shrx
-        | M::Sarx
-        | M::Rorx
-        | M::Pdep
-        | M::Pext
-        | M::Movbe => true,
-        M::Bt | M::Bts | M::Btr | M::Btc => {
-            i.op0_kind() == OpKind::Register || i.op1_kind() == OpKind::Immediate8
-        }
-        M::Xchg => i.op0_kind() == OpKind::Register && i.op1_kind() == OpKind::Register,
-        m => is_setcc(m) || is_cmov(m),
-    };
-    let sane = (0..i.op_count()).all(|n| match i.op_kind(n) {
-        OpKind::Register => i.op_register(n).is_gpr(),
-        OpKind::Memory => plain_memory,
-        _ => true,
-    });
-    // AH and its kin cannot be named together with the registers that operands are moved to.
-    let high = (0..i.op_count()).any(|n| {
-        i.op_kind(n) == OpKind::Register && (Register::AH..=Register::BH).contains(&i.op_register(n))
-    });
-    let moved =
-        op.flags & MEM != 0 || (0..i.op_count()).any(|n| host(i.op_register(n)).is_none_or(|h| h >= 8));
-    if same && sane && !(high && moved) { How::Same } else { How::Call }
-}
-
-fn is_setcc(m: M) -> bool {
-    matches!(
-        m,
-        M::Seta
-            | M::Setae
-            | M::Setb
-            | M::Setbe
-            | M::Sete
-            | M::Setg
-            | M::Setge
-            | M::Setl
-            | M::Setle
-            | M::Setne
-            | M::Setno
-            | M::Setnp
-            | M::Setns
-            | M::Seto
-            | M::Setp
-            | M::Sets
-    )
-}
-
-fn is_cmov(m: M) -> bool {
-    matches!(
-        m,
-        M::Cmova
-            | M::Cmovae
-            | M::Cmovb
-            | M::Cmovbe
-            | M::Cmove
-            | M::Cmovg
-            | M::Cmovge
-            | M::Cmovl
-            | M::Cmovle
-            | M::Cmovne
-            | M::Cmovno
-            | M::Cmovnp
-            | M::Cmovns
-            | M::Cmovo
-            | M::Cmovp
-            | M::Cmovs
-    )
-}
-
-fn fs_or_gs(op: &Op) -> bool {
-    (usize::from(op.seg) == FS || usize::from(op.seg) == GS)
-        && op.flags & (op_flags::ADDR16 | op_flags::ADDR32) == 0
-}
-
 /// The host register that holds a guest general register, if one does.
-fn pinned(guest: u8) -> Option<u8> {
+pub(super) fn pinned(guest: u8) -> Option<u8> {
     PINNED.iter().find(|p| p.0 == guest).map(|p| p.1)
 }
 
 /// The number of the general register that `r` is (a part of).
-fn number(r: Register) -> u8 {
+pub(super) fn number(r: Register) -> u8 {
     r.full_register().number() as u8
-}
-
-/// The host register of a guest register operand; `Some(0)` for what is no register.
-fn host(r: Register) -> Option<u8> {
-    if r.is_gpr() { pinned(number(r)) } else { Some(0) }
 }
 
 /// Register `n` in the width of `like`.
@@ -743,34 +553,6 @@ impl Emit<'_> {
 fn bytes_for_reuse(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes.clear();
     bytes
-}
-
-/// The condition's number in Jcc.
-fn condition(i: &Instruction) -> u8 {
-    use iced_x86::ConditionCode as C;
-    match i.condition_code() {
-        C::o => 0,
-        C::no => 1,
-        C::b => 2,
-        C::ae => 3,
-        C::e => 4,
-        C::ne => 5,
-        C::be => 6,
-        C::a => 7,
-        C::s => 8,
-        C::ns => 9,
-        C::p => 10,
-        C::np => 11,
-        C::l => 12,
-        C::ge => 13,
-        C::le => 14,
-        _ => 15,
-    }
-}
-
-/// Whether the memory operand of an instruction on the [`How::Same`] list is written.
-fn writes_memory(i: &Instruction) -> bool {
-    i.op0_kind() == OpKind::Memory && !matches!(i.mnemonic(), M::Cmp | M::Test | M::Bt | M::Mul | M::Imul)
 }
 
 /// For each instruction the flags that are read after it.

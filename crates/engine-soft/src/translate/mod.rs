@@ -10,6 +10,7 @@
 
 mod asm;
 mod block;
+mod choose;
 mod flags;
 mod stubs;
 
