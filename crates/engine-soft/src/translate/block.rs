@@ -251,6 +251,13 @@ impl Emit<'_> {
         self.c.far(0xe8, base, to);
     }
 
+    /// The handler executes `op`, which finds and leaves the flags in memory.
+    fn by_handler(&mut self, op: *const Op) {
+        self.save_flags();
+        self.call(op);
+        self.at = At::Memory;
+    }
+
     /// Encode a host instruction; false if it has no encoding.
     fn host(&mut self, i: &Instruction) -> bool {
         let done = self.encoder.encode(i, 0).is_ok();
@@ -346,11 +353,7 @@ impl Emit<'_> {
         let before = u.reads | wanted & !u.kills;
         match how {
             How::Nothing => {}
-            How::Call => {
-                self.save_flags();
-                self.call(op);
-                self.at = At::Memory;
-            }
+            How::Call => self.by_handler(op),
             How::Lea => {
                 if i.code() == I::Lea_r64_m
                     && let Some(dst) = pinned(op.dst / 8)
@@ -493,6 +496,7 @@ impl Emit<'_> {
     /// An instruction that stays as it is but for its registers and its memory operand.
     fn same(&mut self, i: &Instruction, op: &Op, u: &flags::Use, before: u32, wanted: u32) {
         let memory = op.flags & op_flags::MEM != 0;
+        let (begin, flags_at) = (self.c.at(), self.at);
         let mut new = *i;
         let mut slow = None;
         if memory {
@@ -534,8 +538,10 @@ impl Emit<'_> {
             new.set_op_register(n, in_width(at, r));
         }
         if !self.host(&new) {
-            // No instruction of the list lacks an encoding; should one, the handler does it. The fast path is then dead code.
-            self.c.raw(&[0xcc]);
+            // Not encodable with its operands moved: the handler does it.
+            self.c.bytes.truncate(begin);
+            self.at = flags_at;
+            return self.by_handler(op);
         }
         for (guest, temp) in homes {
             self.c.store(temp, CPU, reg_at(guest));
