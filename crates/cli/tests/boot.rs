@@ -187,7 +187,8 @@ fn debian_boots_to_a_login() {
     g.send("systemctl reboot\n");
     log_in(&mut g);
     assert_eq!(g.shell("cat /root/file"), "kept");
-    // The power button, as Ctrl-A p presses it, shuts a system down in order.
+    // The power button, as Ctrl-A p presses it, shuts a system down in order: one that is up, and so listens to it.
+    assert_eq!(g.shell("systemctl is-system-running --wait"), "running");
     g.send("\x01p");
     assert_eq!(g.wait().code(), Some(0));
 }
