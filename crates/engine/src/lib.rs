@@ -84,6 +84,10 @@ pub trait Vm: Send + Sync {
     fn set_extint(&self, high: bool);
     /// Raise NMI on one vCPU. From any thread.
     fn inject_nmi(&self, apic_id: u32);
+    /// Stop or start the guest's time: TSC, its deadline and the paravirtual clock. Time runs at first. To be called only while all
+    /// vCPUs are out of [`Vcpu::run`]; while time stands still, the TSCs in their states were all read at one moment, and a state that
+    /// is set says where time goes on.
+    fn set_time_running(&self, running: bool);
     /// Begin or end logging of the guest's writes; the log itself is the memory's trackers.
     fn set_dirty_logging(&self, on: bool);
     /// Counters of the engine, by name, for statistics output.

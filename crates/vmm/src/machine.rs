@@ -38,8 +38,7 @@ pub struct Machine {
     uuid: [u8; 16],
     clock: Arc<MachineClock>,
     pc: Arc<Pc>,
-    /// Keeps the VM: the machine holds it weakly.
-    _vm: Arc<dyn Vm>,
+    vm: Arc<dyn Vm>,
     vcpus: Vcpus,
     virtio: Vec<Arc<VirtioPci>>,
     /// Dropped after the vCPUs, so that what the guest said last is written.
@@ -117,7 +116,7 @@ impl Machine {
             uuid: random_uuid().map_err(host("reading random bytes"))?,
             clock,
             pc,
-            _vm: vm,
+            vm,
             vcpus,
             virtio,
             lines,
@@ -163,12 +162,14 @@ impl Machine {
             v.core().resume();
         }
         self.clock.resume();
+        self.vm.set_time_running(true);
         self.vcpus.resume();
     }
 
     /// Stop vCPUs and devices, and wait until they have stopped: nothing touches guest memory from then on.
     pub fn pause(&self) {
         self.vcpus.pause();
+        self.vm.set_time_running(false);
         self.clock.pause();
         for v in &self.virtio {
             v.core().pause();

@@ -46,7 +46,7 @@ impl Cpu {
         for n in numbers {
             // What the CPU model lacks is #GP, and not part of its state.
             if let Ok(v) = self.read_msr(n) {
-                msrs.push((n, v));
+                msrs.push((n, if n == IA32_TSC { self.saved_tsc() } else { v }));
             }
         }
         let requests = self.env.me.requests.load(Ordering::SeqCst) | self.local.held;

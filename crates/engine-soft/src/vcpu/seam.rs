@@ -131,6 +131,10 @@ impl Vm for SoftVm {
         self.shared.inject_nmi(apic_id);
     }
 
+    fn set_time_running(&self, running: bool) {
+        self.shared.time.set_running(running);
+    }
+
     /// Returns when every vCPU's next store to any page will be logged. Once logged, a page's stores take the fast path again, so this is
     /// called with `true` after each taking of the log as well, before the pages are read. Not to be called on a vCPU's thread.
     fn set_dirty_logging(&self, on: bool) {

@@ -6,8 +6,8 @@
 use super::env::VmShared;
 use crate::cpu::Cpu;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Nanoseconds per second.
 const NS: u64 = 1_000_000_000;
@@ -137,18 +137,40 @@ pub struct VmTime {
     offset: AtomicU64,
     /// A saved TSC was loaded since a vCPU last ran.
     restored: AtomicBool,
+    /// The TSC at which time stands still.
+    stopped: Mutex<Option<u64>>,
 }
 
 impl VmTime {
     /// TSC zero is now.
     pub fn new() -> VmTime {
         let clock = HostClock::get();
-        VmTime { clock, offset: AtomicU64::new(clock.now().wrapping_neg()), restored: AtomicBool::new(false) }
+        VmTime {
+            clock,
+            offset: AtomicU64::new(clock.now().wrapping_neg()),
+            restored: AtomicBool::new(false),
+            stopped: Mutex::new(None),
+        }
     }
 
     /// The VM's TSC, without any vCPU's adjustment.
     pub fn tsc(&self) -> u64 {
-        self.clock.now().wrapping_add(self.offset())
+        self.stopped().unwrap_or_else(|| self.clock.now().wrapping_add(self.offset()))
+    }
+
+    /// The TSC at which time stands still, if it does.
+    fn stopped(&self) -> Option<u64> {
+        *self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stop or start. No vCPU runs meanwhile.
+    pub fn set_running(&self, running: bool) {
+        let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
+        if !running {
+            stopped.get_or_insert_with(|| self.clock.now().wrapping_add(self.offset()));
+        } else if let Some(tsc) = stopped.take() {
+            self.offset.store(tsc.wrapping_sub(self.clock.now()), Ordering::SeqCst);
+        }
     }
 
     fn offset(&self) -> u64 {
@@ -164,6 +186,14 @@ impl VmTime {
     /// are loaded at such, while none of them runs: the first one counts, and what is within a second of it is the same clock. A value
     /// that was read less than a second ago (a debugger writes a register back) moves nothing.
     fn resume_at(&self, tsc: u64) {
+        let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
+        if stopped.is_some() {
+            // Read while time stood still as well: the values are equal.
+            *stopped = Some(tsc);
+            self.offset.store(tsc.wrapping_sub(self.clock.now()), Ordering::SeqCst);
+            return;
+        }
+        drop(stopped);
         let ahead = tsc.wrapping_sub(self.tsc()) as i64;
         let first = !self.restored.swap(true, Ordering::SeqCst);
         if ahead.unsigned_abs() > self.clock.hz || first && ahead > 0 {
@@ -193,6 +223,11 @@ impl Cpu {
         // SAFETY: SSE2, which every x86-64 CPU has.
         unsafe { std::arch::x86_64::_mm_lfence() };
         self.local.clock.now().wrapping_add(self.tsc_offset)
+    }
+
+    /// The guest's TSC as it is saved: standing still while the VM's time does.
+    pub(crate) fn saved_tsc(&self) -> u64 {
+        self.env.vm.time.stopped().map_or_else(|| self.tsc(), |t| t.wrapping_add(self.local.tsc_adjust))
     }
 
     /// Recompute what follows from the VM's offset and the adjustment.
@@ -257,6 +292,27 @@ mod tests {
         let (ours, kernels) = (c.ns(t1 - t0) as f64, (k1 - k0) as f64);
         // 0.5 % leaves room for being preempted between the two reads.
         assert!((ours / kernels - 1.0).abs() < 0.005, "{ours} {kernels}");
+    }
+
+    #[test]
+    fn stopped_time_goes_on_where_it_stood() {
+        let t = VmTime::new();
+        t.set_running(false);
+        let stood = t.tsc();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert_eq!((t.tsc(), t.tsc()), (stood, stood));
+        t.set_running(false);
+        t.set_running(true);
+        let after = t.tsc();
+        assert!(after >= stood && after - stood < t.clock.hz() / 100, "{stood} {after}");
+        // A saved value counts while time stands still, be it ahead or behind.
+        for saved in [after + 5 * t.clock.hz(), 1000] {
+            t.set_running(false);
+            t.resume_at(saved);
+            assert_eq!(t.tsc(), saved);
+            t.set_running(true);
+            assert!(t.tsc() - saved < t.clock.hz() / 100);
+        }
     }
 
     #[test]

@@ -29,6 +29,7 @@ impl Vm for FakeVm {
         *lock(&self.extint) = high;
     }
     fn inject_nmi(&self, _: u32) {}
+    fn set_time_running(&self, _: bool) {}
     fn set_dirty_logging(&self, _: bool) {}
 }
 
