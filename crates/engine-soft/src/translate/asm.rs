@@ -2,16 +2,25 @@
 
 /// Host register numbers.
 pub const RAX: u8 = 0;
-/// Scratch.
-pub const T2: u8 = 11;
 /// Guest RSP.
 pub const SP: u8 = 12;
-/// Scratch; host address of a memory operand after its probe.
+/// Scratch.
 pub const T0: u8 = 13;
 /// Scratch.
 pub const T1: u8 = 14;
 /// The `Cpu`.
 pub const CPU: u8 = 15;
+
+/// An address in terms of host registers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    /// Base register.
+    pub base: Option<u8>,
+    /// Index register (not RSP) and log2 of its scale.
+    pub index: Option<(u8, u8)>,
+    /// Displacement.
+    pub disp: i32,
+}
 
 /// A growing piece of code.
 #[derive(Default)]
@@ -51,11 +60,29 @@ impl Code {
         self.rr(0x89, src, dst);
     }
 
-    /// `op reg, [base + disp]` with a 64-bit register; `base` is none of RSP and R12.
+    /// `op reg, [at]` with a 64-bit register, or with an opcode extension for `reg`.
+    pub fn mem(&mut self, opcode: u8, reg: u8, at: Address) {
+        let (b, (i, s)) = (at.base.unwrap_or(5), at.index.unwrap_or((4, 0)));
+        let base_high = if at.base.is_some() { b >> 3 } else { 0 };
+        self.bytes.push(0x48 | (reg >> 3) << 2 | (i >> 3) << 1 | base_high);
+        // Without a displacement RBP and R13 as base mean something else.
+        let (mode, size) = match at.disp {
+            _ if at.base.is_none() => (0x00, 4),
+            0 if b & 7 != 5 => (0x00, 0),
+            -128..=127 => (0x40, 1),
+            _ => (0x80, 4),
+        };
+        if at.base.is_some() && at.index.is_none() && b & 7 != 4 {
+            self.raw(&[opcode, mode | (reg & 7) << 3 | b & 7]);
+        } else {
+            self.raw(&[opcode, mode | (reg & 7) << 3 | 4, s << 6 | (i & 7) << 3 | b & 7]);
+        }
+        self.raw(&at.disp.to_le_bytes()[..size]);
+    }
+
+    /// `op reg, [base + disp]` with a 64-bit register.
     pub fn rm(&mut self, opcode: u8, reg: u8, base: u8, disp: i32) {
-        self.rex(reg, base);
-        self.raw(&[opcode, 0x80 | (reg & 7) << 3 | base & 7]);
-        self.raw(&disp.to_le_bytes());
+        self.mem(opcode, reg, Address { base: Some(base), index: None, disp });
     }
 
     /// `mov reg, [base + disp]`.
@@ -76,12 +103,7 @@ impl Code {
 
     /// `lea dst, [base + index * 2^scale + disp]`.
     pub fn lea(&mut self, dst: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32) {
-        let b = base.unwrap_or(5);
-        let (i, s) = index.unwrap_or((4, 0));
-        self.bytes.push(0x48 | (dst >> 3) << 2 | (i >> 3) << 1 | if base.is_some() { b >> 3 } else { 0 });
-        let modrm = if base.is_some() { 0x84 } else { 0x04 };
-        self.raw(&[0x8d, modrm | (dst & 7) << 3, s << 6 | (i & 7) << 3 | b & 7]);
-        self.raw(&disp.to_le_bytes());
+        self.mem(0x8d, dst, Address { base, index, disp });
     }
 
     /// `jmp`, distance to be filled in.

@@ -1,16 +1,19 @@
 //! One block: from guest instructions to host code.
 
-use super::asm::{CPU, Code, Hole, RAX, SP, T0, T1, T2};
-use super::choose::{How, condition, how, writes_memory};
+use super::asm::{Address, CPU, Code, Hole, SP, T0, T1};
+pub(super) use super::choose::How;
+use super::choose::{condition, how, writes_memory};
 use super::flags::{self, ALL};
-use super::stubs::{ARITH, BUDGET, PINNED, REQUESTS, TLB, reg_at};
+use super::memory::Operand;
+use super::replay::{At, Producer};
+use super::stubs::{BUDGET, PINNED, REQUESTS, reg_at};
 use super::{Stubs, Translator};
 use crate::cache::Block;
 use crate::cpu::{CodeSize, Cpu, RIP, ZERO};
 use crate::decode::{self, Fetched, Op, op_flags};
-use crate::mmu::{TLB_ENTRIES, TlbEntry};
-use iced_x86::{Code as I, Encoder, Instruction, OpKind, Register};
-use std::mem::offset_of;
+use iced_x86::{
+    Code as I, Encoder, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register,
+};
 
 /// Most host bytes that one guest instruction becomes, slow path included; blocks are not begun with less room than this for each op.
 const MOST_PER_OP: usize = 400;
@@ -18,15 +21,11 @@ const MOST_PER_OP: usize = 400;
 /// From a jump that waits to be linked to the physical page that it lies in.
 pub(super) const SLOT_PAGE: usize = 16;
 
-/// Where the guest's arithmetic flags are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum At {
-    /// In the host's flags only.
-    Host,
-    /// In [`Cpu::arith`] only.
-    Memory,
-    /// In both.
-    Both,
+/// Which general registers an instruction reads and writes, a bit each.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Registers {
+    reads: u32,
+    pub(super) writes: u32,
 }
 
 /// The slow path of a memory access: the op's handler does all of it.
@@ -36,14 +35,26 @@ struct Slow {
     back: usize,
     /// Flags must be in the host's flags afterwards.
     flags: bool,
+    /// Gives the flags as they were before the op, if they are nowhere else.
+    lost: Option<Producer>,
 }
 
-struct Emit<'a> {
-    c: Code,
+pub(super) struct Emit<'a> {
+    pub(super) c: Code,
     base: usize,
     stubs: &'a Stubs,
     encoder: &'a mut Encoder,
-    at: At,
+    pub(super) at: At,
+    /// What gave the flags their values, while its registers still hold what they held.
+    pub(super) producer: Option<Producer>,
+    /// The instruction at hand is the producer.
+    fresh: bool,
+    /// The instruction at hand.
+    pub(super) n: usize,
+    pub(super) hows: Vec<How>,
+    /// For each instruction the flags that are read after it.
+    pub(super) wanted: Vec<u32>,
+    pub(super) uses: Vec<Registers>,
     slow: Vec<Slow>,
     /// Offset in code memory of the piece's first byte.
     start: usize,
@@ -99,6 +110,12 @@ impl Cpu {
             stubs,
             encoder,
             at: At::Memory,
+            producer: None,
+            fresh: false,
+            n: 0,
+            hows: Vec::new(),
+            wanted: Vec::new(),
+            uses: Vec::new(),
             slow: Vec::new(),
             start,
             page: b.gpa & !0xfff,
@@ -140,7 +157,7 @@ pub(super) fn number(r: Register) -> u8 {
 }
 
 /// Register `n` in the width of `like`.
-fn in_width(n: u8, like: Register) -> Register {
+pub(super) fn in_width(n: u8, like: Register) -> Register {
     let base = match like.size() {
         8 => Register::RAX,
         4 => Register::EAX,
@@ -155,93 +172,12 @@ fn in_width(n: u8, like: Register) -> Register {
 }
 
 impl Emit<'_> {
-    /// Flags go to memory if they are only in the host's.
-    fn save_flags(&mut self) {
-        if self.at == At::Host {
-            self.c.mov(T2, RAX);
-            self.c.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
-            self.c.raw(&[0x66, 0x41, 0x89, 0x87]); // mov [r15 + arith], ax
-            self.c.raw(&ARITH.to_le_bytes());
-            self.c.mov(RAX, T2);
-            self.at = At::Both;
-        }
-    }
-
-    /// Flags come into the host's if they are only in memory.
-    fn load_flags(&mut self) {
-        if self.at == At::Memory {
-            self.flags_from_memory();
-            self.at = At::Both;
-        }
-    }
-
-    fn flags_from_memory(&mut self) {
-        self.c.mov(T2, RAX);
-        self.c.raw(&[0x41, 0x0f, 0xb7, 0x87]); // movzx eax, word [r15 + arith]
-        self.c.raw(&ARITH.to_le_bytes());
-        self.c.raw(&[0x04, 0x7f, 0x9e]); // add al, 7fh: OF if al was 1; sahf
-        self.c.mov(RAX, T2);
-    }
-
     /// A guest register's value: the host register that holds it, or `temp` after a load.
     fn value(&mut self, guest: u8, temp: u8) -> u8 {
         pinned(guest).unwrap_or_else(|| {
             self.c.load(temp, CPU, reg_at(guest));
             temp
         })
-    }
-
-    /// The linear address of the memory operand into [`T0`]; uses [`T1`].
-    fn address(&mut self, op: &Op) {
-        let disp = op.disp as i64;
-        let near = i32::try_from(disp);
-        let base = match op.base {
-            ZERO => None,
-            RIP => {
-                self.c.load(T0, CPU, reg_at(RIP));
-                Some(T0)
-            }
-            n => Some(self.value(n, T0)),
-        };
-        let index = (op.index != ZERO).then(|| (self.value(op.index, T1), op.scale));
-        match near {
-            Ok(d) => self.c.lea(T0, base, index, d),
-            Err(_) => {
-                // Only absolute addresses and RIP-relative ones folded by the decoder are that far away.
-                self.c.lea(T0, base, index, 0);
-                self.c.imm64(T1, op.disp);
-                self.c.rr(0x01, T1, T0);
-            }
-        }
-        if op.flags & op_flags::FLAT32 != 0 {
-            self.c.raw(&[0x45, 0x89, 0xed]); // mov r13d, r13d
-        } else if op.flags & op_flags::FLAT == 0 {
-            let at = offset_of!(Cpu, seg) + usize::from(op.seg) * size_of::<ringfort_x86::Segment>();
-            let at = at + offset_of!(ringfort_x86::Segment, base);
-            self.c.rm(0x03, T0, CPU, at as i32);
-        }
-    }
-
-    /// Probe the TLB for the linear address in [`T0`]; afterwards it holds the host address. Uses [`T1`], [`T2`] and the flags.
-    fn probe(&mut self, size: usize, write: bool) -> Hole {
-        const SHIFT: u8 = 12 - size_of::<TlbEntry>().trailing_zeros() as u8;
-        const MASK: u32 = (TLB_ENTRIES as u32 - 1) << (12 - SHIFT);
-        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
-        self.c.mov(T1, T0);
-        self.c.raw(&[0x49, 0xc1, 0xee, SHIFT]); // shr r14
-        self.c.raw(&[0x41, 0x81, 0xe6]); // and r14d
-        self.c.raw(&MASK.to_le_bytes());
-        self.c.rm(0x03, T1, CPU, TLB); // add r14, [tlb]
-        if size > 1 {
-            self.c.raw(&[0x4d, 0x8d, 0x5d, size as u8 - 1]); // lea r11, [r13 + size - 1]
-        } else {
-            self.c.mov(T2, T0);
-        }
-        self.c.raw(&[0x49, 0x81, 0xe3, 0x00, 0xf0, 0xff, 0xff]); // and r11, -4096
-        self.c.raw(&[0x4d, 0x3b, 0x5e, tag as u8]); // cmp r11, [r14 + tag]
-        let slow = self.c.jcc(5);
-        self.c.raw(&[0x4d, 0x03, 0x6e, offset_of!(TlbEntry, addend) as u8]); // add r13, [r14 + addend]
-        slow
     }
 
     /// The handler executes `op`.
@@ -259,7 +195,7 @@ impl Emit<'_> {
     }
 
     /// Encode a host instruction; false if it has no encoding.
-    fn host(&mut self, i: &Instruction) -> bool {
+    pub(super) fn host(&mut self, i: &Instruction) -> bool {
         let done = self.encoder.encode(i, 0).is_ok();
         let bytes = self.encoder.take_buffer();
         if done {
@@ -301,9 +237,14 @@ impl Emit<'_> {
     }
 
     /// A memory access's slow path, for when the fast one goes on here.
-    fn slow_path(&mut self, from: Hole, op: *const Op, wanted: u32) {
-        let flags = wanted != 0 && self.at != At::Memory;
-        self.slow.push(Slow { from, op, back: self.c.at(), flags });
+    fn slow_path(&mut self, from: Hole, op: *const Op, lost: Option<Producer>) {
+        let flags = self.wanted[self.n] != 0 && matches!(self.at, At::Host | At::Both);
+        self.slow.push(Slow { from, op, back: self.c.at(), flags, lost });
+    }
+
+    /// For [`Emit::slow_path`]: what gives the flags, if they are lost.
+    fn lost(&self) -> Option<Producer> {
+        self.producer.filter(|_| self.at == At::Lost)
     }
 
     fn block(
@@ -323,23 +264,38 @@ impl Emit<'_> {
         self.c.raw(&[1]);
         self.c.far_jcc(8, base, poll);
 
-        let hows: Vec<How> = instructions.iter().zip(ops).map(|(i, op)| how(i, op)).collect();
-        let wanted = wanted_after(instructions, &hows, ops, len, look);
+        self.hows = instructions.iter().zip(ops).map(|(i, op)| how(i, op)).collect();
+        self.wanted = wanted_after(instructions, &self.hows, ops, len, look);
+        let mut info = InstructionInfoFactory::new();
+        self.uses = instructions.iter().map(|i| registers(i, &mut info)).collect();
         let mut ended = false;
         for (n, (i, op)) in instructions.iter().zip(ops).enumerate() {
-            ended = self.instruction(i, op, hows[n], wanted[n], first);
+            self.n = n;
+            ended = self.instruction(i, op, self.hows[n], self.wanted[n], first);
+            let fresh = std::mem::take(&mut self.fresh);
+            if !fresh && self.producer.is_some_and(|p| p.guests & self.uses[n].writes != 0) {
+                self.producer = None;
+                if self.at == At::Lost {
+                    // Nobody wants them, or they would have been saved.
+                    self.at = At::Memory;
+                }
+            }
         }
         if !ended {
-            if wanted.last().is_none_or(|&w| w != 0) {
+            if self.wanted.last().is_none_or(|&w| w != 0) {
                 self.save_flags();
             }
             self.go(first, len);
         }
         for s in std::mem::take(&mut self.slow) {
             self.c.land(s.from);
+            if let Some(p) = s.lost {
+                self.replay_of(p, T1);
+                self.flags_to_memory();
+            }
             self.call(s.op);
             if s.flags {
-                self.flags_from_memory();
+                self.flags_from_memory(T1);
             }
             let back = self.c.jmp();
             self.c.fill(back, s.back);
@@ -371,41 +327,42 @@ impl Emit<'_> {
                     }
                 }
             }
-            How::Same => self.same(i, op, &u, before, wanted),
+            How::Same => self.same(i, op, &u, before),
             How::Push => {
-                self.spare_flags();
-                self.c.lea(T0, Some(SP), None, -8);
-                let slow = self.probe(8, true);
-                let value = if i.op0_kind() == OpKind::Register {
-                    self.value(op.dst / 8, T1)
+                let (o, lost) = self.stack(SP, -8, true);
+                if i.op0_kind() == OpKind::Register {
+                    let value = self.value(op.dst / 8, o.spare);
+                    self.c.mem(0x89, value, o.at);
                 } else {
-                    self.c.imm64(T1, op.imm);
-                    T1
-                };
-                self.c.store(value, T0, 0);
+                    self.c.mem(0xc7, 0, o.at);
+                    self.c.raw(&(op.imm as u32).to_le_bytes());
+                }
                 self.c.lea(SP, Some(SP), None, -8);
-                self.slow_path(slow, op, wanted);
+                self.slow_path(o.miss, op, lost);
             }
             How::Pop => {
-                self.spare_flags();
-                self.c.mov(T0, SP);
-                let slow = self.probe(8, false);
-                self.c.load(T1, T0, 0);
-                self.c.lea(SP, Some(SP), None, 8);
+                let (o, lost) = self.stack(SP, 0, false);
                 match pinned(op.dst / 8) {
-                    Some(dst) => self.c.mov(dst, T1),
-                    None => self.c.store(T1, CPU, reg_at(op.dst / 8)),
+                    Some(SP) => self.c.mem(0x8b, SP, o.at),
+                    Some(dst) => {
+                        self.c.mem(0x8b, dst, o.at);
+                        self.c.lea(SP, Some(SP), None, 8);
+                    }
+                    None => {
+                        self.c.mem(0x8b, T0, o.at);
+                        self.c.lea(SP, Some(SP), None, 8);
+                        self.c.store(T0, CPU, reg_at(op.dst / 8));
+                    }
                 }
-                self.slow_path(slow, op, wanted);
+                self.slow_path(o.miss, op, lost);
             }
             How::Leave => {
-                self.spare_flags();
-                self.c.mov(T0, 5);
-                let slow = self.probe(8, false);
+                let (o, lost) = self.stack(5, 0, false);
                 self.c.lea(SP, Some(5), None, 8);
-                self.c.load(5, T0, 0);
-                self.slow_path(slow, op, wanted);
+                self.c.mem(0x8b, 5, o.at);
+                self.slow_path(o.miss, op, lost);
             }
+            How::Divide => self.divide(i, op),
             How::Jump => {
                 if wanted != 0 {
                     self.save_flags();
@@ -414,7 +371,7 @@ impl Emit<'_> {
                 return true;
             }
             How::Conditional => {
-                self.load_flags();
+                self.load_flags(T1);
                 if wanted != 0 {
                     self.save_flags();
                 }
@@ -426,23 +383,23 @@ impl Emit<'_> {
                 return true;
             }
             How::CallRelative => {
-                // The callee's wants are not known when it lies in another page.
-                self.spare_flags();
-                self.c.lea(T0, Some(SP), None, -8);
-                let slow = self.probe(8, true);
-                self.c.load(T1, CPU, reg_at(RIP));
-                self.c.lea(T1, Some(T1), None, i32::from(op.off) + i32::from(op.len));
-                self.c.store(T1, T0, 0);
+                let (o, lost) = self.stack(SP, -8, true);
+                self.c.load(o.spare, CPU, reg_at(RIP));
+                self.c.lea(o.spare, Some(o.spare), None, i32::from(op.off) + i32::from(op.len));
+                self.c.mem(0x89, o.spare, o.at);
                 self.c.lea(SP, Some(SP), None, -8);
-                self.slow_path(slow, op, 0);
+                self.slow_path(o.miss, op, lost);
+                if wanted != 0 {
+                    self.save_flags();
+                }
                 self.go(first, op.imm as i64);
                 return true;
             }
             How::Return => {
-                self.spare_flags();
-                self.c.mov(T0, SP);
-                let slow = self.probe(8, false);
-                self.c.load(T0, T0, 0);
+                // What the caller wants is not known.
+                self.save_flags();
+                let (o, lost) = self.stack(SP, 0, false);
+                self.c.mem(0x8b, T0, o.at);
                 // A non-canonical target faults here, not there.
                 self.c.mov(T1, T0);
                 self.c.raw(&[0x49, 0xc1, 0xfe, 0x2f]); // sar r14, 47
@@ -454,105 +411,177 @@ impl Emit<'_> {
                 self.c.store(T0, CPU, reg_at(RIP));
                 let (base, to) = (self.base, self.stubs.look_up);
                 self.c.far(0xe9, base, to);
-                self.slow_path(slow, op, 0);
-                self.slow_path(wild, op, 0);
+                self.slow_path(o.miss, op, lost);
+                self.slow_path(wild, op, lost);
                 return true;
             }
         }
         false
     }
 
-    /// Before a TLB probe clobbers the host's flags: the guest's go to memory, where also the handler of a fault finds them.
-    fn spare_flags(&mut self) {
-        self.save_flags();
-        self.at = At::Memory;
+    /// Probe for eight bytes at `[base + disp]`, a host register that holds a guest's.
+    fn stack(&mut self, base: u8, disp: i32, write: bool) -> (Operand, Option<Producer>) {
+        self.spare_flags();
+        let o = self.operand_at(Address { base: Some(base), index: None, disp }, 8, write);
+        (o, self.lost())
     }
 
-    /// LEA's address: no segment.
+    /// LEA's address into [`T0`]: no segment. Host flags stay.
     fn address_of_lea(&mut self, op: &Op) {
         let flat = Op { flags: op.flags | op_flags::FLAT, ..op.clone() };
-        let disp = i32::try_from(flat.disp as i64);
-        if disp.is_ok() {
-            // Without a segment and a far displacement no host flags change.
-            self.address(&flat);
+        let index_in_memory = flat.index != ZERO && pinned(flat.index).is_none();
+        if Emit::reachable(&flat) && !index_in_memory {
+            let at = self.address(&flat);
+            self.c.mem(0x8d, T0, at);
+            return;
+        }
+        self.c.imm64(T0, flat.disp);
+        if flat.base != ZERO {
+            let base = self.value(flat.base, T1);
+            self.c.lea(T0, Some(T0), Some((base, 0)), 0);
+        }
+        if flat.index != ZERO {
+            let index = self.value(flat.index, T1);
+            self.c.lea(T0, Some(T0), Some((index, flat.scale)), 0);
+        }
+    }
+
+    /// DIV or IDIV of 32 or 64 bits: by the host where the quotient certainly fits, else by the handler. The guest's flags stay, as the
+    /// handler has it.
+    fn divide(&mut self, i: &Instruction, op: &Op) {
+        self.spare_flags();
+        let lost = self.lost();
+        let wide = op.opsize == 8;
+        // The divisor into T0.
+        let mut misses = Vec::new();
+        if op.flags & op_flags::MEM != 0 {
+            let o = self.operand(op, op.memsize.into(), false);
+            let from = self.c.at();
+            self.c.mem(0x8b, T0, o.at);
+            if !wide {
+                self.c.bytes[from] &= !8; // without REX.W
+            }
+            misses.push(o.miss);
         } else {
-            self.c.imm64(T0, flat.disp);
-            if flat.base != ZERO {
-                let base = if flat.base == RIP {
-                    self.c.load(T1, CPU, reg_at(RIP));
-                    T1
-                } else {
-                    self.value(flat.base, T1)
-                };
-                self.c.lea(T0, Some(T0), Some((base, 0)), 0);
-            }
-            if flat.index != ZERO {
-                let index = self.value(flat.index, T1);
-                self.c.lea(T0, Some(T0), Some((index, flat.scale)), 0);
-            }
+            let value = self.value(op.dst / 8, T0);
+            self.c.mov(T0, value);
+        }
+        let w = u8::from(wide) << 3;
+        if i.mnemonic() == M::Div {
+            self.c.raw(&[0x44 | w, 0x39, 0xea]); // cmp (r)dx, r13
+            misses.push(self.c.jcc(3));
+            self.c.raw(&[0x41 | w, 0xf7, 0xf5]); // div r13
+        } else {
+            // The dividend is what CDQ or CQO makes, and the divisor neither 0 nor -1.
+            self.c.mov(T1, 0);
+            self.c.raw(&[0x41 | w, 0xc1, 0xfe, if wide { 63 } else { 31 }]); // sar r14
+            self.c.raw(&[0x41 | w, 0x39, 0xd6]); // cmp r14, (r)dx
+            misses.push(self.c.jcc(5));
+            self.c.raw(&[0x45 | w, 0x8d, 0x75, 0x01]); // lea r14, [r13 + 1]
+            self.c.raw(&[0x41 | w, 0x83, 0xfe, 0x01]); // cmp r14, 1
+            misses.push(self.c.jcc(6));
+            self.c.raw(&[0x41 | w, 0xf7, 0xfd]); // idiv r13
+        }
+        for miss in misses {
+            self.slow_path(miss, op, lost);
         }
     }
 
     /// An instruction that stays as it is but for its registers and its memory operand.
-    fn same(&mut self, i: &Instruction, op: &Op, u: &flags::Use, before: u32, wanted: u32) {
+    fn same(&mut self, i: &Instruction, op: &Op, u: &flags::Use, before: u32) {
         let memory = op.flags & op_flags::MEM != 0;
         let (begin, flags_at) = (self.c.at(), self.at);
         let mut new = *i;
-        let mut slow = None;
+        let mut miss = None;
+        let mut temps = vec![T0, T1];
         if memory {
             self.spare_flags();
-            self.address(op);
-            let write = writes_memory(i);
-            slow = Some(self.probe(op.memsize.into(), write));
-            new.set_memory_base(Register::R13);
-            new.set_memory_index(Register::None);
-            new.set_memory_index_scale(1);
-            new.set_memory_displacement64(0);
-            new.set_memory_displ_size(1);
+            let lost = self.lost();
+            let o = self.operand(op, op.memsize.into(), writes_memory(i));
+            new.set_memory_base(o.at.base.map_or(Register::None, |r| in_width(r, Register::RAX)));
+            new.set_memory_index(o.at.index.map_or(Register::None, |(r, _)| in_width(r, Register::RAX)));
+            new.set_memory_index_scale(o.at.index.map_or(1, |(_, s)| 1 << s));
+            new.set_memory_displacement64(i64::from(o.at.disp) as u64);
+            new.set_memory_displ_size(if i8::try_from(o.at.disp).is_ok() { 1 } else { 8 });
             new.set_segment_prefix(Register::None);
+            temps = vec![o.spare];
+            miss = Some((o.miss, lost));
         }
         // What it does not set must be there already, and what it reads as well.
         if u.reads != 0 || u.writes && before != 0 {
-            self.load_flags();
+            self.load_flags(temps[0]);
         }
-        let mut temps = if memory { vec![T2, T1] } else { vec![T2, T1, T0] };
+        let regs = self.uses[self.n];
+        let mut guests = 0;
         let mut homes: Vec<(u8, u8)> = Vec::new();
+        let mut fits = true;
         for n in 0..i.op_count() {
             if i.op_kind(n) != OpKind::Register {
                 continue;
             }
             let r = i.op_register(n);
+            let guest = number(r);
+            guests |= 1 << guest;
             if (Register::AH..=Register::BH).contains(&r) {
                 continue;
             }
-            let guest = number(r);
-            let at = pinned(guest)
-                .or_else(|| homes.iter().find(|h| h.0 == guest).map(|h| h.1))
-                .unwrap_or_else(|| {
-                    // At most as many operands as there are scratch registers.
-                    let temp = temps.pop().unwrap_or(T0);
-                    self.c.load(temp, CPU, reg_at(guest));
-                    homes.push((guest, temp));
-                    temp
-                });
+            let known = pinned(guest).or_else(|| homes.iter().find(|h| h.0 == guest).map(|h| h.1));
+            let Some(at) = known.or_else(|| temps.pop()) else {
+                fits = false;
+                break;
+            };
+            if known.is_none() {
+                if regs.reads & 1 << guest != 0 {
+                    self.c.load(at, CPU, reg_at(guest));
+                }
+                homes.push((guest, at));
+            }
             new.set_op_register(n, in_width(at, r));
         }
-        if !self.host(&new) {
+        if !fits || !self.host(&new) {
             // Not encodable with its operands moved: the handler does it.
             self.c.bytes.truncate(begin);
             self.at = flags_at;
             return self.by_handler(op);
         }
-        for (guest, temp) in homes {
-            self.c.store(temp, CPU, reg_at(guest));
+        for &(guest, temp) in &homes {
+            if regs.writes & 1 << guest != 0 {
+                self.c.store(temp, CPU, reg_at(guest));
+            }
         }
         if u.writes {
             self.at = At::Host;
+            let whole = u.kills == ALL && homes.is_empty();
+            self.producer =
+                if whole { Producer::new(&new, 1 << number(i.op0_register()), guests) } else { None };
+            self.fresh = true;
         }
-        if let Some(slow) = slow {
-            self.slow_path(slow, op, wanted);
+        if let Some((miss, lost)) = miss {
+            self.slow_path(miss, op, lost);
         }
     }
+}
+
+/// The general registers that `i` reads and writes. Of what it writes in part it reads the rest.
+fn registers(i: &Instruction, info: &mut InstructionInfoFactory) -> Registers {
+    let mut all = Registers::default();
+    for u in info.info(i).used_registers() {
+        let r = u.register();
+        if !r.is_gpr() {
+            continue;
+        }
+        let bit = 1 << number(r);
+        use OpAccess::*;
+        let (reads, writes) = match u.access() {
+            None | NoMemAccess => (false, false),
+            Read | CondRead => (true, false),
+            Write => (r.size() < 4, true),
+            CondWrite | ReadWrite | ReadCondWrite => (true, true),
+        };
+        all.reads |= if reads { bit } else { 0 };
+        all.writes |= if writes { bit } else { 0 };
+    }
+    all
 }
 
 /// Give a buffer back to the encoder, empty.
@@ -586,7 +615,7 @@ fn wanted_after(
             ops[n].flags & op_flags::MEM != 0 && hows[n] != How::Lea && hows[n] != How::Nothing;
         let may_fault = matches!(
             hows[n],
-            How::Call | How::Push | How::Pop | How::Leave | How::CallRelative | How::Return
+            How::Call | How::Push | How::Pop | How::Leave | How::Divide | How::CallRelative | How::Return
         );
         if touches_memory || may_fault {
             live = ALL;

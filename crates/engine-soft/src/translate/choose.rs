@@ -1,6 +1,6 @@
 //! Which form an instruction gets.
 
-use super::block::{number, pinned};
+use super::block::{Emit, number, pinned};
 use crate::decode::{Op, op_flags};
 use iced_x86::{Code as I, Instruction, Mnemonic as M, OpKind, Register};
 use ringfort_x86::segment::{FS, GS};
@@ -22,6 +22,8 @@ pub enum How {
     Pop,
     /// LEAVE.
     Leave,
+    /// DIV or IDIV of 32 or 64 bits.
+    Divide,
     /// A direct jump.
     Jump,
     /// Jcc.
@@ -35,20 +37,23 @@ pub enum How {
 /// The form for `i`, lowered to `op`.
 pub fn how(i: &Instruction, op: &Op) -> How {
     use op_flags::*;
-    if op.flags & (LOCK | REP | REPNE) != 0 && !matches!(i.mnemonic(), M::Ret | M::Jmp | M::Call) {
+    let locks = op.flags & LOCK != 0 && op.flags & MEM != 0;
+    if op.flags & (REP | REPNE) != 0 && !locks && !matches!(i.mnemonic(), M::Ret | M::Jmp | M::Call) {
         return How::Call;
     }
     if op.flags & END != 0 && i.flow_control() == iced_x86::FlowControl::Next {
         // Not declared by the guest's CPUID, or something that the run loop must see.
         return How::Call;
     }
-    let plain_memory = op.flags & MEM == 0 || op.flags & (FLAT | FLAT32) != 0 || fs_or_gs(op);
+    let plain_memory =
+        op.flags & MEM == 0 || (op.flags & (FLAT | FLAT32) != 0 || fs_or_gs(op)) && Emit::reachable(op);
     match i.code() {
         I::Push_r64 | I::Pushq_imm8 | I::Pushq_imm32 => return How::Push,
         I::Push_rm64 if i.op0_kind() == OpKind::Register => return How::Push,
         I::Pop_r64 => return How::Pop,
         I::Pop_rm64 if i.op0_kind() == OpKind::Register => return How::Pop,
         I::Leaveq => return How::Leave,
+        I::Div_rm32 | I::Div_rm64 | I::Idiv_rm32 | I::Idiv_rm64 if plain_memory => return How::Divide,
         I::Jmp_rel8_64 | I::Jmp_rel32_64 => return How::Jump,
         I::Call_rel32_64 => return How::CallRelative,
         I::Retnq | I::Retnq_imm16 => return How::Return,
@@ -129,11 +134,24 @@ pub fn how(i: &Instruction, op: &Op) -> How {
         | M::Rorx
         | M::Pdep
         | M::Pext
+        | M::Mulx
+        | M::Adcx
+        | M::Adox
+        | M::Rcl
+        | M::Rcr
+        | M::Clc
+        | M::Stc
+        | M::Cmc
+        | M::Lahf
+        | M::Sahf
+        | M::Xadd
+        | M::Cmpxchg
+        | M::Cmpxchg8b
+        | M::Xchg
         | M::Movbe => true,
         M::Bt | M::Bts | M::Btr | M::Btc => {
             i.op0_kind() == OpKind::Register || i.op1_kind() == OpKind::Immediate8
         }
-        M::Xchg => i.op0_kind() == OpKind::Register && i.op1_kind() == OpKind::Register,
         m => is_setcc(m) || is_cmov(m),
     };
     let sane = (0..i.op_count()).all(|n| match i.op_kind(n) {

@@ -40,6 +40,10 @@ pub fn of(i: &Instruction) -> Use {
     // A shift by CL, or by an immediate that may be masked to zero, may leave all flags alone.
     let count = i.op_count() - u32::from(by_count && i.op_count() > 0);
     let sure = !by_count || (i.op_kind(count) == OpKind::Immediate8 && i.immediate8() & 0x1f != 0);
+    // By 9 bits of a byte, say, a rotation through CF gives CF back, but AMD sets OF.
+    if matches!(i.mnemonic(), Mnemonic::Rcl | Mnemonic::Rcr) {
+        return Use { reads: RflagsBits::CF, writes: true, kills: 0 };
+    }
     let repeats = i.has_rep_prefix() || i.has_repne_prefix();
     // What enters the kernel or leaves it takes the flags along.
     let carries = !matches!(

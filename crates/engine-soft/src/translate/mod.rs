@@ -1,9 +1,9 @@
 //! The translator: hot blocks of 64-bit code become host code.
 //!
-//! Guest RAX to R10 live in the same host registers, guest RSP in host R12; guest R11 to R15 stay in memory. R15 points to the [`Cpu`];
-//! R13, R14 and R11 are scratch. Guest flags are host flags while they last, and go to [`Cpu::arith`] where host code would clobber
-//! them while they are still wanted ([`flags`]). A memory access probes the TLB inline; what misses, and every instruction that has no host form here,
-//! is executed by the interpreter's handler for the op, which sees the same state.
+//! Guest RAX to R10 live in the same host registers, guest RSP in host R12 and R12 in R11; guest R11, R13, R14 and R15 stay in memory. R15
+//! points to the [`Cpu`]; R13 and R14 are scratch. Guest flags are host flags while they last; where host code clobbers them while they are
+//! still wanted ([`flags`]) they are made anew, or go to [`Cpu::arith`] ([`replay`]). A memory access probes the TLB inline ([`memory`]); what
+//! misses, and every instruction that has no host form here, is executed by the interpreter's handler for the op, which sees the same state.
 //!
 //! A block begins with a look at pending requests and a budget, so every loop comes back. Jumps within a page are patched to go straight to the
 //! next block; others go through a table keyed by address and mapping.
@@ -12,6 +12,8 @@ mod asm;
 mod block;
 mod choose;
 mod flags;
+mod memory;
+mod replay;
 mod stubs;
 
 use crate::cache::Block;

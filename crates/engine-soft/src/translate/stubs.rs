@@ -1,6 +1,6 @@
 //! The common pieces of generated code: the way in, the ways out, calls of op handlers, the jump table's look-up.
 
-use super::asm::{CPU, Code, SP, T0, T1, T2};
+use super::asm::{CPU, Code, SP, T0, T1};
 use super::{Hot, JUMPS, Jump, call_op, exit};
 use crate::codemem::CodeMemory;
 use crate::cpu::{Cpu, RIP};
@@ -8,8 +8,8 @@ use crate::mmu::Mmu;
 use std::mem::offset_of;
 
 /// Guest registers that live in host registers: (guest, host).
-pub const PINNED: [(u8, u8); 11] =
-    [(0, 0), (1, 1), (2, 2), (3, 3), (4, SP), (5, 5), (6, 6), (7, 7), (8, 8), (9, 9), (10, 10)];
+pub const PINNED: [(u8, u8); 12] =
+    [(0, 0), (1, 1), (2, 2), (3, 3), (4, SP), (5, 5), (6, 6), (7, 7), (8, 8), (9, 9), (10, 10), (12, 11)];
 
 /// Offset of a guest register (or RIP) in the `Cpu`.
 pub const fn reg_at(n: u8) -> i32 {
@@ -129,14 +129,14 @@ impl Stubs {
         c.rm(0x03, T1, CPU, JUMP_TABLE); // add r14, [jumps]
         c.rm(0x3b, T0, T1, offset_of!(Jump, rip) as i32);
         let no_rip = c.jcc(5);
-        c.load(T2, CPU, CONTEXT);
-        c.raw(&[0x49, 0xc1, 0xe3, 0x08]); // shl r11, 8
-        c.rm(0x0b, T2, CPU, MODE_KEY); // or
-        c.rm(0x3b, T2, T1, offset_of!(Jump, context) as i32);
+        c.load(T0, CPU, CONTEXT);
+        c.raw(&[0x49, 0xc1, 0xe5, 0x08]); // shl r13, 8
+        c.rm(0x0b, T0, CPU, MODE_KEY); // or
+        c.rm(0x3b, T0, T1, offset_of!(Jump, context) as i32);
         let no_context = c.jcc(5);
-        c.load(T2, T1, offset_of!(Jump, word) as i32);
-        c.raw(&[0x45, 0x8b, 0x1b]); // mov r11d, [r11]
-        c.raw(&[0x45, 0x3b, 0x9e]); // cmp r11d, [r14 + value]
+        c.load(T0, T1, offset_of!(Jump, word) as i32);
+        c.raw(&[0x45, 0x8b, 0x6d, 0x00]); // mov r13d, [r13]
+        c.raw(&[0x45, 0x3b, 0xae]); // cmp r13d, [r14 + value]
         c.raw(&(offset_of!(Jump, value) as u32).to_le_bytes());
         let stale = c.jcc(5);
         c.raw(&[0x41, 0xff, 0xa6]); // jmp [r14 + code]

@@ -1,0 +1,127 @@
+//! Memory operands: from a guest address to a host address by an inline look at the TLB.
+//!
+//! [`Emit::operand`] is all that other forms need: it leaves a host address in terms of registers, and one scratch register free. Host flags
+//! are lost; [`Emit::spare_flags`] comes first.
+
+use super::asm::{Address, CPU, Hole, T0, T1};
+use super::block::{Emit, pinned};
+use super::stubs::{TLB, reg_at};
+use crate::cpu::{Cpu, ZERO};
+use crate::decode::{Op, op_flags};
+use crate::mmu::{TLB_ENTRIES, TlbEntry};
+use std::mem::offset_of;
+
+/// A memory operand after its probe.
+pub(super) struct Operand {
+    /// Where it is in host memory; valid until [`T0`] and [`T1`] change.
+    pub at: Address,
+    /// The scratch register that is not part of the address.
+    pub spare: u8,
+    /// Where a miss comes from.
+    pub miss: Hole,
+}
+
+/// Bits to shift a linear address by to get a byte offset into the TLB set, and the mask for it.
+const SHIFT: u8 = 12 - size_of::<TlbEntry>().trailing_zeros() as u8;
+const MASK: u32 = (TLB_ENTRIES as u32 - 1) << (12 - SHIFT);
+
+impl Emit<'_> {
+    /// Whether [`Emit::operand`] can form the op's address.
+    pub(super) fn reachable(op: &Op) -> bool {
+        i32::try_from(op.disp as i64).is_ok_and(|d| d < i32::MAX - 64)
+    }
+
+    /// The linear address of the memory operand, in terms of host registers and perhaps [`T0`]. Clobbers flags where a segment base or
+    /// two registers that live in memory take part.
+    pub(super) fn address(&mut self, op: &Op) -> Address {
+        let disp = op.disp as i32;
+        let home = |n: u8| if n == ZERO { None } else { pinned(n).is_none().then_some(n) };
+        let index = pinned(op.index).map(|r| (r, op.scale));
+        let mut at = match (home(op.base), home(op.index)) {
+            (None, None) => Address { base: pinned(op.base), index, disp },
+            (Some(b), None) => {
+                self.c.load(T0, CPU, reg_at(b));
+                Address { base: Some(T0), index, disp }
+            }
+            (None, Some(i)) => {
+                self.c.load(T0, CPU, reg_at(i));
+                Address { base: pinned(op.base), index: Some((T0, op.scale)), disp }
+            }
+            (Some(b), Some(i)) => {
+                self.c.load(T0, CPU, reg_at(i));
+                self.c.lea(T0, None, Some((T0, op.scale)), 0);
+                self.c.rm(0x03, T0, CPU, reg_at(b));
+                Address { base: Some(T0), index: None, disp }
+            }
+        };
+        if op.flags & op_flags::FLAT == 0 {
+            self.c.mem(0x8d, T0, at);
+            at = Address { base: Some(T0), index: None, disp: 0 };
+            if op.flags & op_flags::FLAT32 != 0 {
+                self.c.raw(&[0x45, 0x89, 0xed]); // mov r13d, r13d
+            } else {
+                let base = offset_of!(Cpu, seg) + usize::from(op.seg) * size_of::<ringfort_x86::Segment>();
+                self.c.rm(0x03, T0, CPU, (base + offset_of!(ringfort_x86::Segment, base)) as i32);
+            }
+        }
+        at
+    }
+
+    /// Probe the TLB for the op's memory operand of `size` bytes.
+    pub(super) fn operand(&mut self, op: &Op, size: usize, write: bool) -> Operand {
+        let at = self.address(op);
+        let uses_t0 = at.base == Some(T0) || at.index.is_some_and(|i| i.0 == T0);
+        let miss = self.probe(at, size, write);
+        let again = if uses_t0 { self.address(op) } else { at };
+        self.placed(again, uses_t0, miss)
+    }
+
+    /// The same for an address in terms of host registers other than the scratch ones.
+    pub(super) fn operand_at(&mut self, at: Address, size: usize, write: bool) -> Operand {
+        let miss = self.probe(at, size, write);
+        self.placed(at, false, miss)
+    }
+
+    /// Leaves the entry's address in [`T1`]; [`T0`] is clobbered once `at` has been used.
+    fn probe(&mut self, at: Address, size: usize, write: bool) -> Hole {
+        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
+        match at {
+            Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T1, r),
+            _ => self.c.mem(0x8d, T1, at),
+        }
+        self.c.raw(&[0x49, 0xc1, 0xee, SHIFT]); // shr r14
+        self.c.raw(&[0x41, 0x81, 0xe6]); // and r14d
+        self.c.raw(&MASK.to_le_bytes());
+        self.c.rm(0x03, T1, CPU, TLB); // add r14, [tlb]
+        // The last byte's page must be the tag: what crosses into the next page never matches.
+        self.c.mem(0x8d, T0, Address { disp: at.disp + size.max(1) as i32 - 1, ..at });
+        self.c.raw(&[0x49, 0x81, 0xe5, 0x00, 0xf0, 0xff, 0xff]); // and r13, -4096
+        self.c.rm(0x3b, T0, T1, tag as i32); // cmp r13, [r14 + tag]
+        self.c.jcc(5)
+    }
+
+    fn placed(&mut self, at: Address, uses_t0: bool, miss: Hole) -> Operand {
+        let addend = offset_of!(TlbEntry, addend) as i32;
+        let one = match at {
+            Address { base: Some(r), index: None, .. } => Some((r, 0)),
+            Address { base: None, index, .. } => index,
+            _ => None,
+        };
+        match one {
+            Some(i) if !uses_t0 => {
+                self.c.load(T1, T1, addend);
+                let at = Address { base: Some(T1), index: Some(i), disp: at.disp };
+                Operand { at, spare: T0, miss }
+            }
+            Some((T0, 0)) => {
+                self.c.rm(0x03, T0, T1, addend);
+                Operand { at: Address { base: Some(T0), index: None, disp: at.disp }, spare: T1, miss }
+            }
+            _ => {
+                self.c.mem(0x8d, T0, at);
+                self.c.rm(0x03, T0, T1, addend);
+                Operand { at: Address { base: Some(T0), index: None, disp: 0 }, spare: T1, miss }
+            }
+        }
+    }
+}

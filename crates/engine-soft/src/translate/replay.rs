@@ -1,0 +1,197 @@
+//! Where the guest's arithmetic flags are, and how they come back after a TLB probe has clobbered the host's.
+//!
+//! Saving them costs more than the probe. Most instructions that set them can be asked again instead as long as their registers still
+//! hold what they held: a comparison is done once more, a sum is undone and done again in a scratch register. Only what cannot is saved.
+
+use super::asm::{RAX, T1};
+use super::block::{Emit, How, in_width, number};
+use super::stubs::ARITH;
+use iced_x86::{Code as I, Instruction, Mnemonic as M, OpKind, Register};
+
+/// Where the guest's arithmetic flags are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum At {
+    /// In the host's flags only.
+    Host,
+    /// In [`Cpu::arith`](crate::cpu::Cpu::arith) only.
+    Memory,
+    /// In both.
+    Both,
+    /// In neither: [`Emit::producer`] gives them again.
+    Lost,
+}
+
+/// The instruction that gave the flags their values, as the host executed it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Producer {
+    i: Instruction,
+    /// Guest registers that giving them again depends on, a bit each.
+    pub(super) guests: u32,
+}
+
+impl Producer {
+    /// For host instruction `i`, which sets all flags and has these guest registers as operands, all of them pinned.
+    ///
+    /// `first` is that of operand 0.
+    pub(super) fn new(i: &Instruction, first: u32, guests: u32) -> Option<Producer> {
+        let register = |n| i.op_kind(n) == OpKind::Register;
+        if i.op_count() == 0 || !register(0) || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
+            return None;
+        }
+        let high = |n| register(n) && (Register::AH..=Register::BH).contains(&i.op_register(n));
+        let two = i.op_count() == 2;
+        let twice = two && register(1) && i.op_register(0) == i.op_register(1);
+        let same_full = two && register(1) && number(i.op_register(0)) == number(i.op_register(1));
+        let accumulator = matches!(
+            i.code(),
+            I::Add_AL_imm8
+                | I::Add_AX_imm16
+                | I::Add_EAX_imm32
+                | I::Add_RAX_imm32
+                | I::Sub_AL_imm8
+                | I::Sub_AX_imm16
+                | I::Sub_EAX_imm32
+                | I::Sub_RAX_imm32
+        );
+        let fits = match i.mnemonic() {
+            M::Cmp | M::Test => true,
+            // Nothing is left to depend on.
+            M::Xor | M::Sub if twice => return Some(Producer { i: *i, guests: 0 }),
+            M::And | M::Or | M::Xor => return Some(Producer { i: *i, guests: first }),
+            M::Neg => !high(0),
+            M::Add | M::Sub => two && !same_full && !high(0) && !high(1) && !accumulator,
+            _ => false,
+        };
+        fits.then_some(Producer { i: *i, guests })
+    }
+}
+
+impl Emit<'_> {
+    /// Flags go to memory if they are not there.
+    pub(super) fn save_flags(&mut self) {
+        if self.at == At::Lost {
+            self.replay(T1);
+        }
+        if matches!(self.at, At::Host | At::Lost) {
+            self.flags_to_memory();
+            self.at = At::Both;
+        }
+    }
+
+    pub(super) fn flags_to_memory(&mut self) {
+        self.c.mov(T1, RAX);
+        self.c.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        self.c.raw(&[0x66, 0x41, 0x89, 0x87]); // mov [r15 + arith], ax
+        self.c.raw(&ARITH.to_le_bytes());
+        self.c.mov(RAX, T1);
+    }
+
+    /// Flags come into the host's if they are not there; `temp` is clobbered.
+    pub(super) fn load_flags(&mut self, temp: u8) {
+        match self.at {
+            At::Memory => {
+                self.flags_from_memory(temp);
+                self.at = At::Both;
+            }
+            At::Lost => {
+                self.replay(temp);
+                self.at = At::Host;
+            }
+            At::Host | At::Both => {}
+        }
+    }
+
+    pub(super) fn flags_from_memory(&mut self, temp: u8) {
+        self.c.mov(temp, RAX);
+        self.c.raw(&[0x41, 0x0f, 0xb7, 0x87]); // movzx eax, word [r15 + arith]
+        self.c.raw(&ARITH.to_le_bytes());
+        self.c.raw(&[0x04, 0x7f, 0x9e]); // add al, 7fh: OF if al was 1; sahf
+        self.c.mov(RAX, temp);
+    }
+
+    /// Before a TLB probe of the instruction at hand clobbers the host's flags: unless they can be had again for as long as anybody may ask for
+    /// them, the guest's go to memory.
+    pub(super) fn spare_flags(&mut self) {
+        match self.at {
+            At::Host if self.producer.is_some_and(|p| self.survives(p.guests)) => self.at = At::Lost,
+            At::Lost => {}
+            _ => {
+                self.save_flags();
+                self.at = At::Memory;
+            }
+        }
+    }
+
+    /// Whether these guest registers stay what they are from the instruction at hand until its flags are dead or saved.
+    fn survives(&self, guests: u32) -> bool {
+        for n in self.n..self.wanted.len() {
+            if self.wanted[n] == 0 || self.hows[n] == How::Call {
+                return true;
+            }
+            if self.uses[n].writes & guests != 0 {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Give the host's flags the values that [`Emit::producer`] gave them; `temp` is clobbered.
+    pub(super) fn replay(&mut self, temp: u8) {
+        if let Some(p) = self.producer {
+            self.replay_of(p, temp);
+        }
+    }
+
+    pub(super) fn replay_of(&mut self, p: Producer, temp: u8) {
+        let i = p.i;
+        let dst = i.op_register(0);
+        let mut renamed = i;
+        renamed.set_op_register(0, in_width(temp, dst));
+        match i.mnemonic() {
+            M::Cmp | M::Test => self.must(&i),
+            _ if p.guests == 0 => self.c.rr(0x31, temp, temp), // xor temp, temp
+            M::And | M::Or | M::Xor => {
+                let code = match dst.size() {
+                    1 => I::Test_rm8_r8,
+                    2 => I::Test_rm16_r16,
+                    4 => I::Test_rm32_r32,
+                    _ => I::Test_rm64_r64,
+                };
+                let mut test = Instruction::new();
+                test.set_code(code);
+                for n in 0..2 {
+                    test.set_op_kind(n, OpKind::Register);
+                    test.set_op_register(n, dst);
+                }
+                self.must(&test);
+            }
+            M::Neg => {
+                self.c.mov(temp, number(dst));
+                self.must(&renamed);
+                self.must(&renamed);
+            }
+            _ => {
+                // Undone, then done again: ADD by SUB and the other way round.
+                self.c.mov(temp, number(dst));
+                let from = self.c.at();
+                self.must(&renamed);
+                invert(&mut self.c.bytes[from..]);
+                self.must(&renamed);
+            }
+        }
+    }
+
+    /// Encode what is a variation of an instruction that could be encoded.
+    fn must(&mut self, i: &Instruction) {
+        let done = self.host(i);
+        debug_assert!(done, "{i}");
+    }
+}
+
+/// Make ADD of SUB, or SUB of ADD, in an encoding without memory operand.
+fn invert(bytes: &mut [u8]) {
+    let at = bytes.iter().position(|&b| b != 0x66 && b & 0xf0 != 0x40).unwrap_or(0);
+    // ADD is operation 0, SUB 5: in the opcode, or in ModRM for immediates.
+    let at = if bytes[at] & 0xfc == 0x80 { at + 1 } else { at };
+    bytes[at] ^= 5 << 3;
+}
