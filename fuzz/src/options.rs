@@ -1,6 +1,6 @@
 //! Options of the command line.
 
-use ringfort_vmm::config::{Accel, Disk, Net, Serial, format_size, parse_size};
+use ringfort_vmm::config::{Accel, Disk, NetOption, Serial, format_size, parse_size};
 use ringfort_x86::cpuid::CpuSpec;
 
 /// Any text is an option or an error on one line.
@@ -9,7 +9,7 @@ pub fn options(data: &[u8]) {
     check(text.parse::<Disk>());
     check(text.parse::<Serial>());
     check(text.parse::<Accel>());
-    check(text.parse::<Net>());
+    check(text.parse::<NetOption>());
     check(text.parse::<CpuSpec>());
     for unit in [1, 1 << 20] {
         // What is shown to people may be rounded, by less than a hundredth; near 2^64 it may round up to what is too large.

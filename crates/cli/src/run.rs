@@ -3,7 +3,7 @@
 use crate::exit;
 use crate::progress::BuildProgress;
 use clap::{Args, ValueHint};
-use ringfort_vmm::config::{AccelOption, Boot, Disk, InvalidConfig, Net, Serial, VmConfig, parse_size};
+use ringfort_vmm::config::{AccelOption, Boot, Disk, InvalidConfig, NetOption, Serial, VmConfig, parse_size};
 use ringfort_vmm::{Outcome, VmmError};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -45,9 +45,9 @@ pub struct RunArgs {
     /// Virtio console (the guest's hvc0): where, as for --serial
     #[arg(long, value_name = "WHERE", default_value = "none")]
     console: Serial,
-    /// Network: none
-    #[arg(long, value_name = "WHAT", default_value = "none")]
-    net: Net,
+    /// A network card: user (the default), or none; with options as below; may be repeated
+    #[arg(long, value_name = "KIND[,OPTIONS]")]
+    net: Vec<NetOption>,
     /// Leave when the guest resets, with status 3, instead of booting it again
     #[arg(long)]
     no_reboot: bool,
@@ -63,6 +63,19 @@ const AFTER: &str = "\
 Keys:
   Ctrl-A x    stop the machine and leave        Ctrl-A h    help
   Ctrl-A p    press the power button            Ctrl-A r    reset
+  Ctrl-A l    pull the network cable, or plug it in
+
+Networks (--net):
+  user   a router with NAT in this process; needs no rights. The guest gets 10.0.2.15 by DHCP, IPv6 by router advertisements, and the
+         host's name servers at 10.0.2.3. Options:
+           hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT   a port of the host leads into the guest; may be repeated
+           restrict=on           nothing but those ports leads in or out
+           host-loopback=on      10.0.2.2 leads to the host's own loopback;  hostalias=ADDR does so at ADDR
+           net=CIDR  host=ADDR  dns=ADDR  dhcpstart=ADDR  ipv6=off  ipv6-prefix=PREFIX::/64
+           hostname=NAME  domainname=NAME  dnssearch=NAME (may be repeated)
+           dump=FILE             record all frames for Wireshark or tcpdump
+  none   no network card
+  For all: mac=52:54:00:12:34:56  mtu=N  model=virtio-net
 
 Exit status:
   0  the guest powered off, or Ctrl-A x      3  the guest reset (--no-reboot)
@@ -72,6 +85,7 @@ Exit status:
 Examples:
   ringfort run                                          the default Debian guest
   ringfort run -m 2G -c 2 --keep                        the same, larger, and it remembers
+  ringfort run --net user,hostfwd=tcp:127.0.0.1:2222-:22    then `ssh -p 2222 root@127.0.0.1`
   ringfort run --kernel vmlinuz --initrd initrd --cmdline console=ttyS0
   ringfort run --kernel vmlinuz --disk path=root.img --cmdline 'console=ttyS0 root=/dev/vda'";
 
@@ -115,7 +129,7 @@ impl RunArgs {
             disks: self.disk,
             serial: self.serial,
             console: self.console,
-            net: self.net,
+            nets: NetOption::nics(self.net).map_err(|e| format!("--net: {e}"))?,
             no_reboot: self.no_reboot,
         };
         match self.kernel {
@@ -139,12 +153,14 @@ impl RunArgs {
 /// What is wrong, in terms of options instead of fields.
 fn in_options(invalid: &InvalidConfig) -> String {
     let problems = invalid.0.iter().map(|p| {
-        let option = match p.field.strip_prefix("disks[").and_then(|f| f.split_once(']')) {
-            Some((n, key)) => {
+        let of_list = |list: &str| p.field.strip_prefix(list)?.strip_prefix("s[")?.split_once(']');
+        let found = ["disk", "net"].into_iter().find_map(|list| Some((list, of_list(list)?)));
+        let option = match found {
+            Some((list, (n, key))) => {
                 let number = n.parse().map_or(0, |n: usize| n + 1);
-                format!("--disk (number {number}){}", key.replace('.', " "))
+                format!("--{list} (number {number}){}", key.replace('.', " "))
             }
-            None if p.field == "disks" => "--disk".into(),
+            None if p.field == "disks" || p.field == "nets" => format!("--{}", p.field.trim_end_matches('s')),
             None => format!("--{}", p.field.trim_start_matches("boot.").replace('_', "-")),
         };
         format!("{option}: {}", p.what)

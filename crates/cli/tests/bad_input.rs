@@ -201,6 +201,24 @@ fn memory_and_cpus() {
     assert!(said.contains("do not fit") && said.contains("more memory"), "{said}");
 }
 
+/// What `--net` does not take.
+fn networks(p: &Place) {
+    p.refuses_options(&["--net", "wifi"], &["wifi", "the networks are"]);
+    p.refuses_options(&["--net", "user,mac=12:34"], &["'12:34'", "six bytes in hex"]);
+    p.refuses_options(&["--net", "user,mac=01:00:5e:00:00:01"], &["01:00:5e:00:00:01", "the first one even"]);
+    p.refuses_options(&["--net", "user,net=10.0.2.0/40"], &["net=10.0.2.0/40", "10.0.2.0/24"]);
+    p.refuses_options(&["--net", "user,net=10.0.2.0/31"], &["--net (number 1) net", "give 8 to 30"]);
+    p.refuses_options(&["--net", "user,hostfwd=tcp:22-22"], &["hostfwd=tcp:22-22", "write for instance"]);
+    p.refuses_options(&["--net", "none", "--net", "user"], &["--net", "none stands alone"]);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let at = taken.local_addr().expect("its address");
+    let told = format!("cannot listen on tcp {at}");
+    p.refuses_options(
+        &["--net", &format!("user,hostfwd=tcp:{at}-:22")],
+        &["--net", &told, "choose another port"],
+    );
+}
+
 #[test]
 fn options() {
     let p = Place::new("bad-options");
@@ -210,7 +228,7 @@ fn options() {
     p.refuses_options(&["--cmdline"], &["--cmdline"]);
     p.refuses_options(&["--accel", "hvf"], &["hvf", "give auto, kvm or soft"]);
     p.refuses_options(&["--accel", "kvm"], &["--accel", "soft"]);
-    p.refuses_options(&["--net", "user"], &["user", "give none"]);
+    networks(&p);
     p.refuses_options(&["--name", "a/b"], &["--name", "without control characters"]);
     p.refuses_options(&["--name", ""], &["--name", "give 1 to 64"]);
     p.refuses_options(&["--cmdline", &"x".repeat(3000)], &["--cmdline", "3000 bytes", "2047"]);

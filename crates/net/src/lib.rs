@@ -4,9 +4,11 @@
 //! - [`user`]: a router with NAT in this process.
 
 mod backend;
+mod mac;
 mod pcap;
 mod sys;
 pub mod user;
 mod wire;
 
 pub use backend::{GsoKind, MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, VnetHeader};
+pub use mac::{MacAddr, MacError};

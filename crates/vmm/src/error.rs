@@ -19,6 +19,9 @@ pub enum VmmError {
     /// A disk cannot be used.
     #[error("--disk: {0}")]
     Disk(String),
+    /// A network cannot be had.
+    #[error("--net: {0}")]
+    Net(String),
     /// The kernel or what goes with it cannot be used.
     #[error("{0}")]
     Boot(String),

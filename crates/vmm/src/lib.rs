@@ -10,6 +10,7 @@ mod error;
 mod lines;
 mod log;
 pub mod machine;
+pub mod net;
 mod run;
 pub mod time;
 pub mod vcpus;

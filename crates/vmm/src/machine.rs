@@ -3,6 +3,7 @@
 use crate::config::{Accel, Disk, DiskFormat, Tier, VmConfig};
 use crate::error::VmmError;
 use crate::lines::{self, Lines, Room};
+use crate::net::Card;
 use crate::time::{MachineClock, TimerService};
 use crate::vcpus::{VcpuEvent, Vcpus};
 use ringfort_block::{BlockBackend, Format, ImageOptions, Overlay, open_image};
@@ -41,6 +42,8 @@ pub struct Machine {
     vm: Arc<dyn Vm>,
     vcpus: Vcpus,
     virtio: Vec<Arc<VirtioPci>>,
+    /// Network cards, in the order of the configuration.
+    cards: Vec<Card>,
     /// Dropped after the vCPUs, so that what the guest said last is written.
     lines: Lines,
     _timers: TimerService,
@@ -95,6 +98,12 @@ impl Machine {
             let device = open_disk(disk, config.cpus).map_err(VmmError::Disk)?;
             virtio.push(add_virtio(&pc, &ram, Arc::new(device))?);
         }
+        let mut cards = Vec::new();
+        for (n, nic) in config.nets.iter().enumerate() {
+            let card = Card::new(config, n, nic, say).map_err(VmmError::Net)?;
+            virtio.push(add_virtio(&pc, &ram, card.device())?);
+            cards.push(card);
+        }
         virtio.push(add_virtio(&pc, &ram, Arc::new(Rng::new()))?);
         let balloon = Balloon::new(BalloonOptions::default(), Arc::new(HostRelease::new(ram.clone())));
         virtio.push(add_virtio(&pc, &ram, Arc::new(balloon))?);
@@ -119,6 +128,7 @@ impl Machine {
             vm,
             vcpus,
             virtio,
+            cards,
             lines,
             _timers: timers,
         };
@@ -179,6 +189,14 @@ impl Machine {
     /// Press the power button.
     pub fn power_button(&self) {
         self.pc.power_button();
+    }
+
+    /// Pull the cables of all network cards, or plug them in again if they are out; gives what they are afterwards. `None` if there is no
+    /// card.
+    pub fn toggle_links(&self) -> Option<bool> {
+        let up = !self.cards.first()?.link();
+        self.cards.iter().for_each(|c| c.set_link(up));
+        Some(up)
     }
 
     fn load_kernel(&self) -> Result<Entry, VmmError> {

@@ -131,6 +131,7 @@ pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmE
                     return Err(e);
                 }
                 Next::PowerButton => machine.power_button(),
+                Next::ToggleLink => _ = machine.toggle_links(),
                 Next::Reset => {
                     machine.pause();
                     // What the old guest still had under way must not reset the new one; what the user wants holds.
@@ -148,6 +149,7 @@ enum Next {
     End(Outcome),
     Fail(VmmError),
     PowerButton,
+    ToggleLink,
     Reset,
 }
 
@@ -161,6 +163,7 @@ fn next(config: &VmConfig, event: Event) -> Next {
         Event::Power(PowerEvent::Suspend | PowerEvent::CrashLoaded | PowerEvent::ShuttingDown) => Next::GoOn,
         Event::Command(Command::Quit) | Event::Signal => Next::End(Outcome::Quit),
         Event::Command(Command::PowerButton) => Next::PowerButton,
+        Event::Command(Command::ToggleLink) => Next::ToggleLink,
         // Asked for by the user, not by the guest: it boots again in any case.
         Event::Command(Command::Reset) => Next::Reset,
         Event::Vcpu(VcpuEvent::Shutdown) => reset,

@@ -1,10 +1,12 @@
 //! What user-mode networking is to be.
 
+use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 /// A port of the host that leads into the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Forward {
     /// UDP, otherwise TCP.
     pub udp: bool,
@@ -15,7 +17,8 @@ pub struct Forward {
 }
 
 /// Options of user-mode networking. The defaults are the addresses that QEMU's user networking has, too.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct UserConfig {
     /// The guest's IPv4 network, and the length of its prefix (8 to 30).
     pub network: (Ipv4Addr, u8),
@@ -33,6 +36,9 @@ pub struct UserConfig {
     pub restrict: bool,
     /// The gateway's address leads to the host's own loopback.
     pub host_loopback: bool,
+    /// Another address that leads to the host's own loopback, whatever `host_loopback` says; of either version, in the
+    /// guest's network or outside.
+    pub host_alias: Option<IpAddr>,
     /// Ports that lead into the guest.
     pub forwards: Vec<Forward>,
     /// The guest's name, by DHCP.
@@ -58,6 +64,7 @@ impl Default for UserConfig {
             prefix6: Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0),
             restrict: false,
             host_loopback: false,
+            host_alias: None,
             forwards: Vec::new(),
             hostname: None,
             domain: None,
@@ -129,6 +136,13 @@ impl UserConfig {
         }
         if self.gateway == self.dns || self.gateway == self.guest || self.dns == self.guest {
             p.push(("host", "host, dns and dhcpstart must be three addresses".into()));
+        }
+        if let Some(a) = self.host_alias {
+            let taken = [self.gateway, self.dns, self.guest].map(IpAddr::V4).contains(&a)
+                || [self.gateway6(), self.dns6()].map(IpAddr::V6).contains(&a);
+            if taken || a.is_unspecified() || a.is_multicast() || a.is_loopback() {
+                p.push(("hostalias", format!("{a} is taken or no address of a host; give another")));
+            }
         }
         if self.network.0.is_loopback() || self.network.0.is_multicast() {
             p.push(("net", format!("{} is no network for a guest", self.network.0)));

@@ -180,7 +180,7 @@ impl Datagrams {
             IpAddr::V4(a) => a == config.gateway || a == config.dns,
             IpAddr::V6(a) => a == config.gateway6() || a == config.dns6(),
         };
-        if own {
+        if own || config.host_alias == Some(path.dst) {
             let mut answer = message.to_vec();
             answer[0] = if request == 8 { 0 } else { 129 };
             return answer_echo(c, path.dst, path.src, &answer);

@@ -27,7 +27,8 @@ pub fn arp(c: &mut Common, packet: &[u8]) {
     };
     let Ok(wanted) = <[u8; 4]>::try_from(p.target_protocol_addr()) else { return };
     let wanted_address = Ipv4Addr::from(wanted);
-    if (wanted_address != c.config.gateway && wanted_address != c.config.dns) || wanted == asks {
+    let ours = [Some(c.config.gateway.into()), Some(c.config.dns.into()), c.config.host_alias];
+    if !ours.contains(&Some(IpAddr::V4(wanted_address))) || wanted == asks {
         return;
     }
     let mut f = Vec::with_capacity(60);
@@ -67,7 +68,9 @@ pub fn ndp(c: &mut Common, path: &Path, hops: u8, message: &[u8]) -> bool {
             let Ok(raw) = <[u8; 16]>::try_from(raw) else { return true };
             let wanted = Ipv6Addr::from(raw);
             // A host that tries out an address of its own is not answered for others'.
-            if [own, c.config.gateway6(), c.config.dns6()].contains(&wanted) {
+            if [own, c.config.gateway6(), c.config.dns6()].contains(&wanted)
+                || c.config.host_alias == Some(wanted.into())
+            {
                 let (to, flags) = if src.is_unspecified() { (ALL_NODES, 0xa0) } else { (src, 0xe0) };
                 let mac = if src.is_unspecified() { [0x33, 0x33, 0, 0, 0, 1] } else { guest_mac };
                 let mut m = vec![136, 0, 0, 0, flags, 0, 0, 0];

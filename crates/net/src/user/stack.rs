@@ -127,10 +127,11 @@ impl Common {
                 _ => Target::Refused,
             };
         }
-        if gateway {
+        let alias = self.config.host_alias == Some(to.ip());
+        if gateway || alias {
             let own: IpAddr =
                 if to.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
-            return if self.config.host_loopback {
+            return if self.config.host_loopback || alias {
                 Target::Host(SocketAddr::new(own, to.port()))
             } else {
                 Target::Refused
@@ -266,7 +267,7 @@ impl Stack {
         }
         // What the guest may call itself; everything else is spoofed.
         let c = &self.common.config;
-        if !c.contains(src) || src == c.gateway || src == c.dns {
+        if !c.contains(src) || src == c.gateway || src == c.dns || c.host_alias == Some(src.into()) {
             return;
         }
         self.packet(header, &packet, checked);
@@ -331,7 +332,7 @@ impl Stack {
             return;
         }
         let c = &self.common.config;
-        if !c.contains6(src) || src == c.gateway6() || src == c.dns6() {
+        if !c.contains6(src) || src == c.gateway6() || src == c.dns6() || c.host_alias == Some(src.into()) {
             return;
         }
         self.common.guest6 = Some(src);

@@ -248,6 +248,20 @@ fn ipv6_connections_work_the_same() {
 }
 
 #[test]
+fn an_alias_leads_to_the_hosts_loopback() {
+    let server = echo_after_end();
+    let alias = IpAddress::v4(10, 0, 2, 100);
+    let mut g = Guest::new(UserConfig {
+        host_alias: Some(Ipv4Addr::new(10, 0, 2, 100).into()),
+        ..UserConfig::default()
+    });
+    let h = g.connect((alias, server.port()));
+    assert!(g.connected(h), "the alias was found and leads to the server");
+    let h = g.connect((GATEWAY, server.port()));
+    assert!(!g.connected(h), "and the gateway is as closed as before");
+}
+
+#[test]
 fn the_hosts_loopback_is_closed_unless_opened() {
     let server = echo_after_end();
     let mut g = Guest::new(UserConfig::default());

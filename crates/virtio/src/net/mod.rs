@@ -217,6 +217,11 @@ impl Net {
         }
     }
 
+    /// Whether the cable is plugged in.
+    pub fn link(&self) -> bool {
+        lock(&self.state).status & S_LINK_UP != 0
+    }
+
     /// Have the driver announce its addresses (after the guest came to another host), if it can.
     pub fn announce(&self) {
         {

@@ -12,6 +12,7 @@ Ctrl-A h    this help\r\n\
 Ctrl-A x    stop the machine and leave\r\n\
 Ctrl-A p    press the power button (asks the guest to shut down)\r\n\
 Ctrl-A r    reset the machine\r\n\
+Ctrl-A l    pull the network cable, or plug it in again\r\n\
 Ctrl-A a    send Ctrl-A to the guest\r\n";
 
 /// An order from the terminal.
@@ -23,6 +24,8 @@ pub enum Command {
     PowerButton,
     /// Reset.
     Reset,
+    /// Pull the network cables, or plug them in again.
+    ToggleLink,
 }
 
 /// Filters the escape key out of what is typed.
@@ -54,6 +57,7 @@ impl Escape {
                 b'x' | b'X' => (self.on_command)(Command::Quit),
                 b'p' | b'P' => (self.on_command)(Command::PowerButton),
                 b'r' | b'R' => (self.on_command)(Command::Reset),
+                b'l' | b'L' => (self.on_command)(Command::ToggleLink),
                 b'a' | b'A' | ESCAPE => out.push(ESCAPE),
                 // Any other letter asks for help rather than being lost.
                 _ => drop(self.output.write(HELP.as_bytes())),

@@ -2,9 +2,11 @@
 //!
 //! [`VmConfig::validate`] gives all errors at once, each naming its field.
 
+mod net;
 mod parse;
 mod size;
 
+pub use net::{Link, MAX_NICS, NetOption, Nic, NicModel};
 pub use parse::ParseError;
 pub use size::{format_size, parse_size};
 
@@ -118,15 +120,6 @@ pub enum Serial {
     None,
 }
 
-/// Network connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Net {
-    /// No network device.
-    #[default]
-    None,
-}
-
 /// A virtual machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -151,8 +144,8 @@ pub struct VmConfig {
     pub serial: Serial,
     /// Virtio console; there is no such device if it leads nowhere.
     pub console: Serial,
-    /// Network.
-    pub net: Net,
+    /// Network cards, in order.
+    pub nets: Vec<Nic>,
     /// End when the guest resets, instead of starting it anew.
     pub no_reboot: bool,
 }
@@ -170,7 +163,7 @@ impl Default for VmConfig {
             disks: Vec::new(),
             serial: Serial::default(),
             console: Serial::None,
-            net: Net::None,
+            nets: vec![Nic::default()],
             no_reboot: false,
         }
     }
@@ -261,6 +254,17 @@ impl VmConfig {
                     &format!("disks[{n}].path"),
                     format!("{} is given twice; a disk that is written can be used once", d.path.display()),
                 );
+            }
+        }
+        if self.nets.len() > MAX_NICS {
+            problem("nets", format!("{} network cards; at most {MAX_NICS} fit", self.nets.len()));
+        }
+        for (n, nic) in self.nets.iter().enumerate() {
+            for (field, what) in nic.problems() {
+                problem(&format!("nets[{n}].{field}"), what);
+            }
+            if nic.mac.is_some() && self.nets[..n].iter().any(|o| o.mac == nic.mac) {
+                problem(&format!("nets[{n}].mac"), "is another card's as well; give each its own".into());
             }
         }
         if problems.is_empty() { Ok(()) } else { Err(InvalidConfig(problems)) }

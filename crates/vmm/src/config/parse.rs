@@ -1,6 +1,6 @@
 //! `key=value,key=value` options of the command line.
 
-use super::{Accel, AccelOption, Disk, DiskFormat, Net, Serial, Tier};
+use super::{Accel, AccelOption, Disk, DiskFormat, Serial, Tier};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -10,7 +10,7 @@ use std::str::FromStr;
 pub struct ParseError(pub String);
 
 /// Split at single commas; a doubled comma is one literal comma, as in QEMU.
-fn split(text: &str) -> Vec<String> {
+pub(super) fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
@@ -27,7 +27,7 @@ fn split(text: &str) -> Vec<String> {
 }
 
 /// `on`/`off` and their synonyms; a bare key means on.
-fn switch(key: &str, value: Option<&str>) -> Result<bool, ParseError> {
+pub(super) fn switch(key: &str, value: Option<&str>) -> Result<bool, ParseError> {
     match value {
         None | Some("on" | "yes" | "true" | "1") => Ok(true),
         Some("off" | "no" | "false" | "0") => Ok(false),
@@ -146,17 +146,6 @@ impl FromStr for AccelOption {
             Some(o) => return Err(ParseError(format!("'{o}': give tier=translate or tier=interp"))),
         };
         Ok(AccelOption { accel, tier })
-    }
-}
-
-impl FromStr for Net {
-    type Err = ParseError;
-
-    fn from_str(text: &str) -> Result<Net, ParseError> {
-        match text {
-            "none" => Ok(Net::None),
-            _ => Err(ParseError(format!("'{text}': this version has no network devices; give none"))),
-        }
     }
 }
 

@@ -1,0 +1,262 @@
+//! Network cards: what `--net` says.
+//!
+//! The text is `KIND[,key=value…]`. What concerns the card (`mac`, `model`, `mtu`, `queues`) is the same for all kinds of
+//! networks; everything else is read by the kind's own file beside this one.
+
+mod user;
+
+use super::parse::{ParseError, split, switch};
+use super::size::parse_size;
+use ringfort_net::MacAddr;
+use ringfort_net::user::UserConfig;
+use serde::{Deserialize, Serialize};
+use std::str::FromStr;
+
+/// Most network cards of one machine.
+pub const MAX_NICS: usize = 8;
+/// Most pairs of queues of a card.
+pub const MAX_PAIRS: u16 = ringfort_virtio::net::MAX_PAIRS;
+
+/// What a network card is to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum NicModel {
+    /// virtio-net.
+    #[default]
+    #[serde(rename = "virtio-net")]
+    VirtioNet,
+}
+
+impl NicModel {
+    /// All models, by the names that the command line takes.
+    pub const NAMES: [(&'static str, NicModel); 1] = [("virtio-net", NicModel::VirtioNet)];
+}
+
+/// What a network card is connected to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", tag = "kind")]
+pub enum Link {
+    /// A router with NAT in this process.
+    User(Box<UserConfig>),
+}
+
+impl Link {
+    /// The kind, as the command line has it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Link::User(_) => "user",
+        }
+    }
+
+    /// Whether other machines share the link, so that addresses must differ.
+    pub fn is_shared(&self) -> bool {
+        match self {
+            Link::User(_) => false,
+        }
+    }
+
+    /// The most pairs of queues that it can serve.
+    fn max_pairs(&self) -> u16 {
+        match self {
+            Link::User(_) => 1,
+        }
+    }
+
+    /// A network of this kind with nothing said about it.
+    fn plain(kind: &str) -> Option<Link> {
+        Some(match kind {
+            "user" => Link::User(Box::default()),
+            _ => return None,
+        })
+    }
+}
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nic {
+    /// What it is connected to.
+    pub link: Link,
+    /// Its address; chosen at start if not given.
+    #[serde(default)]
+    pub mac: Option<MacAddr>,
+    /// What it is to the guest.
+    #[serde(default)]
+    pub model: NicModel,
+    /// Pairs of queues; by default one per vCPU, as far as the network can serve them.
+    #[serde(default)]
+    pub queues: Option<u16>,
+    /// The largest IP packet, told to the guest; the network's own if not given.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+}
+
+impl Default for Nic {
+    /// User-mode networking.
+    fn default() -> Nic {
+        Nic::new(Link::User(Box::default()))
+    }
+}
+
+impl Nic {
+    /// A card with nothing special about it.
+    pub fn new(link: Link) -> Nic {
+        Nic { link, mac: None, model: NicModel::default(), queues: None, mtu: None }
+    }
+
+    /// Its address: as given, or one that is the same at every start of the machine `machine` for its card `index`. On a link with
+    /// other machines, which may have the same name, it is random.
+    pub fn address(&self, machine: &str, index: usize) -> MacAddr {
+        self.mac.unwrap_or_else(|| match self.link.is_shared() {
+            true => MacAddr::random(),
+            false => MacAddr::from_seed(&format!("{machine}/{index}")),
+        })
+    }
+
+    /// How many pairs of queues it has on a machine of `cpus` vCPUs.
+    pub fn pairs(&self, cpus: u32) -> u16 {
+        self.queues.unwrap_or((cpus.min(u32::from(MAX_PAIRS)) as u16).min(self.link.max_pairs()))
+    }
+
+    /// All that is wrong with it, each with the field's name.
+    pub(super) fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut p = match &self.link {
+            Link::User(c) => c.problems(),
+        };
+        let most = self.link.max_pairs().min(MAX_PAIRS);
+        if self.queues.is_some_and(|q| !(1..=most).contains(&q)) {
+            let range = if most == 1 { "give 1".into() } else { format!("give 1 to {most}") };
+            p.push(("queues", format!("{} networks serve at most {most}; {range}", self.link.kind())));
+        }
+        if self.mtu.is_some_and(|m| m < 576) {
+            // RFC 791: every host takes that much.
+            p.push(("mtu", "give 576 to 65535".into()));
+        }
+        p
+    }
+}
+
+impl FromStr for Nic {
+    type Err = ParseError;
+
+    /// `KIND[,mac=M][,model=M][,mtu=N][,queues=N][,…]`.
+    fn from_str(text: &str) -> Result<Nic, ParseError> {
+        let parts = split(text);
+        let (kind, options) = parts.split_first().ok_or_else(|| ParseError("name a network".into()))?;
+        let link = Link::plain(kind)
+            .ok_or_else(|| ParseError(format!("'{kind}': the networks are user and none")))?;
+        let mut nic = Nic::new(link);
+        let mut rest = Vec::new();
+        for part in options {
+            let (key, value) = part.split_once('=').map_or((part.as_str(), None), |(k, v)| (k, Some(v)));
+            let option = KeyValue { key, value };
+            match key {
+                "mac" => {
+                    let mac = option.need()?.parse();
+                    nic.mac = Some(mac.map_err(|e| ParseError(format!("mac: {e}")))?);
+                }
+                "model" => {
+                    let name = option.need()?;
+                    let found = NicModel::NAMES.iter().find(|(n, _)| *n == name);
+                    let known = || NicModel::NAMES.map(|(n, _)| n).join(", ");
+                    nic.model = found
+                        .map(|(_, m)| *m)
+                        .ok_or_else(|| ParseError(format!("model={name}: the models are {}", known())))?;
+                }
+                "mtu" => nic.mtu = Some(option.number("576 to 65535")?),
+                "queues" => nic.queues = Some(option.number(&format!("1 to {MAX_PAIRS}"))?),
+                _ => rest.push(option),
+            }
+        }
+        match &mut nic.link {
+            Link::User(c) => {
+                user::options(c, &rest)?;
+                c.mtu = nic.mtu.unwrap_or(c.mtu);
+            }
+        }
+        Ok(nic)
+    }
+}
+
+/// One `key=value` of an option, or a bare key.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct KeyValue<'a> {
+    pub key: &'a str,
+    pub value: Option<&'a str>,
+}
+
+impl<'a> KeyValue<'a> {
+    /// Its value, which must be there.
+    pub fn need(&self) -> Result<&'a str, ParseError> {
+        self.value.filter(|v| !v.is_empty()).ok_or_else(|| ParseError(format!("{} needs a value", self.key)))
+    }
+
+    /// Its value as on or off; a bare key means on.
+    pub fn switch(&self) -> Result<bool, ParseError> {
+        switch(self.key, self.value)
+    }
+
+    /// Its value as what `T` reads; `wanted` says what to give.
+    pub fn parse<T: FromStr>(&self, wanted: &str) -> Result<T, ParseError> {
+        let v = self.need()?;
+        v.parse().map_err(|_| ParseError(format!("{}={v}: give {wanted}", self.key)))
+    }
+
+    /// Its value as a number; suffixes k, M and so on may be used.
+    pub fn number<T: TryFrom<u64>>(&self, wanted: &str) -> Result<T, ParseError> {
+        let v = self.need()?;
+        let n = parse_size(v, 1).ok().and_then(|n| T::try_from(n).ok());
+        n.ok_or_else(|| ParseError(format!("{}={v}: give a number, {wanted}", self.key)))
+    }
+
+    /// The error for a key that nobody knows.
+    pub fn unknown(&self, kind: &str, known: &str) -> ParseError {
+        ParseError(format!(
+            "unknown option '{}' of {kind} networks; known are mac, model, mtu, queues, {known}",
+            self.key
+        ))
+    }
+}
+
+/// One `--net` of the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetOption {
+    /// No network card at all.
+    None,
+    /// A card.
+    Nic(Box<Nic>),
+}
+
+impl FromStr for NetOption {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<NetOption, ParseError> {
+        if text == "none" { Ok(NetOption::None) } else { Ok(NetOption::Nic(Box::new(text.parse()?))) }
+    }
+}
+
+impl NetOption {
+    /// The machine's cards, from all `--net` of the command line: user-mode networking if there is none.
+    ///
+    /// # Errors
+    /// When `none` stands beside others.
+    pub fn nics(options: Vec<NetOption>) -> Result<Vec<Nic>, ParseError> {
+        if options.is_empty() {
+            return Ok(vec![Nic::default()]);
+        }
+        let given = options.len();
+        let nics: Vec<Nic> = options
+            .into_iter()
+            .filter_map(|o| match o {
+                NetOption::None => None,
+                NetOption::Nic(n) => Some(*n),
+            })
+            .collect();
+        if nics.is_empty() || nics.len() == given {
+            return Ok(nics);
+        }
+        Err(ParseError("none stands alone; leave it out, or the others".into()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

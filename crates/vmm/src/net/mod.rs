@@ -1,0 +1,71 @@
+//! Network cards: from what a configuration says to a device and what carries its frames.
+//!
+//! A back end is opened by [`open`], one arm and one file for each kind; what the guest sees of it is made by [`Card::new`].
+
+use crate::config::{Link, Nic, NicModel, VmConfig};
+use ringfort_net::user::UserNet;
+use ringfort_net::{MacAddr, NetBackend};
+use ringfort_virtio::VirtioDevice;
+use ringfort_virtio::net::{Net, NetOptions};
+use std::sync::Arc;
+
+/// What carries the frames of `nic`, whose address is `mac`. `say` gets a line about what was chosen.
+///
+/// # Errors
+/// One line: what cannot be had and what to do. Nothing is left behind.
+pub fn open(nic: &Nic, mac: MacAddr, say: &mut dyn FnMut(&str)) -> Result<Arc<dyn NetBackend>, String> {
+    // Not every back end has a use for it.
+    let _ = mac;
+    match &nic.link {
+        Link::User(config) => {
+            let net = UserNet::new((**config).clone()).map_err(|e| e.to_string())?;
+            for (f, at) in config.forwards.iter().zip(net.forwards()).filter(|(f, _)| f.host.port() == 0) {
+                let protocol = if f.udp { "udp" } else { "tcp" };
+                say(&format!("network: {protocol} {at} leads to the guest's port {}", f.guest.port()));
+            }
+            Ok(Arc::new(net))
+        }
+    }
+}
+
+/// A network card.
+pub struct Card {
+    virtio: Arc<Net>,
+}
+
+impl Card {
+    /// The card number `index` of a machine.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn new(
+        config: &VmConfig,
+        index: usize,
+        nic: &Nic,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Card, String> {
+        let mac = nic.address(&config.name, index);
+        let backend = open(nic, mac, say)?;
+        match nic.model {
+            NicModel::VirtioNet => {
+                let options = NetOptions { mac: mac.bytes(), pairs: nic.pairs(config.cpus), mtu: nic.mtu };
+                Ok(Card { virtio: Net::new(backend, options)? })
+            }
+        }
+    }
+
+    /// The device for the machine's buses.
+    pub fn device(&self) -> Arc<dyn VirtioDevice> {
+        self.virtio.clone()
+    }
+
+    /// Plug the cable in or pull it.
+    pub fn set_link(&self, up: bool) {
+        self.virtio.set_link(up);
+    }
+
+    /// Whether the cable is plugged in.
+    pub fn link(&self) -> bool {
+        self.virtio.link()
+    }
+}
