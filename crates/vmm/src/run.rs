@@ -167,7 +167,7 @@ fn next(config: &VmConfig, event: Event) -> Next {
         // Asked for by the user, not by the guest: it boots again in any case.
         Event::Command(Command::Reset) => Next::Reset,
         Event::Vcpu(VcpuEvent::Shutdown) => reset,
-        Event::Vcpu(VcpuEvent::Debug) => Next::GoOn,
+        Event::Vcpu(VcpuEvent::Debug(_)) => Next::GoOn,
         Event::Vcpu(VcpuEvent::Failed(e)) => Next::Fail(e.into()),
     }
 }

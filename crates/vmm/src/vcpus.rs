@@ -1,6 +1,6 @@
 //! The vCPU threads: one each, running, paused, or executing an order between runs.
 
-use ringfort_engine::{EngineError, Kick, Vcpu, VcpuExit};
+use ringfort_engine::{DebugStop, EngineError, Kick, Vcpu, VcpuExit};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +14,8 @@ type Order = Box<dyn FnOnce(&mut dyn Vcpu) + Send>;
 pub enum VcpuEvent {
     /// A triple fault.
     Shutdown,
-    /// A debug event.
-    Debug,
+    /// What a debugger asked for.
+    Debug(DebugStop),
     /// The engine cannot go on.
     Failed(EngineError),
 }
@@ -158,9 +158,9 @@ fn serve(
                 halted = true;
                 report(VcpuEvent::Shutdown);
             }
-            Ok(VcpuExit::Debug) => {
+            Ok(VcpuExit::Debug(stop)) => {
                 halted = true;
-                report(VcpuEvent::Debug);
+                report(VcpuEvent::Debug(stop));
             }
             Err(e) => {
                 halted = true;

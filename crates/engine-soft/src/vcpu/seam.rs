@@ -52,6 +52,8 @@ pub fn open(tier: Tier) -> Result<SoftHypervisor, EngineError> {
         software: true,
         tsc_khz: u32::try_from(clock.hz() / 1000).unwrap_or(u32::MAX),
         cpuid: crate::cpuid::offered().clone(),
+        paravirt: super::paravirt_features(),
+        apic_khz: (crate::apic::TIMER_HZ / 1000) as u32,
     };
     Ok(SoftHypervisor { tier, capabilities })
 }
@@ -133,6 +135,14 @@ impl Vm for SoftVm {
 
     fn set_time_running(&self, running: bool) {
         self.shared.time.set_running(running);
+    }
+
+    fn paravirt_clock(&self) -> u64 {
+        self.shared.time.ns()
+    }
+
+    fn set_paravirt_clock(&self, ns: u64) {
+        self.shared.time.set_ns(ns);
     }
 
     /// Returns when every vCPU's next store to any page will be logged. Once logged, a page's stores take the fast path again, so this is

@@ -139,6 +139,8 @@ pub struct VmTime {
     restored: AtomicBool,
     /// The TSC at which time stands still.
     stopped: Mutex<Option<u64>>,
+    /// The paravirtual clock minus the TSC in nanoseconds.
+    clock_offset: AtomicU64,
 }
 
 impl VmTime {
@@ -150,6 +152,7 @@ impl VmTime {
             offset: AtomicU64::new(clock.now().wrapping_neg()),
             restored: AtomicBool::new(false),
             stopped: Mutex::new(None),
+            clock_offset: AtomicU64::new(0),
         }
     }
 
@@ -177,9 +180,21 @@ impl VmTime {
         self.offset.load(Ordering::SeqCst)
     }
 
-    /// Nanoseconds since the VM's TSC was zero.
+    /// The paravirtual clock in nanoseconds: since the VM's TSC was zero, unless it was set.
     pub fn ns(&self) -> u64 {
-        (u128::from(self.tsc()) * u128::from(NS) / u128::from(self.clock.hz)) as u64
+        let since = (u128::from(self.tsc()) * u128::from(NS) / u128::from(self.clock.hz)) as u64;
+        since.wrapping_add(self.clock_offset())
+    }
+
+    /// Set the paravirtual clock. No vCPU runs meanwhile; each follows when it next does.
+    pub fn set_ns(&self, ns: u64) {
+        let ahead = ns.wrapping_sub(self.ns());
+        self.clock_offset.fetch_add(ahead, Ordering::SeqCst);
+    }
+
+    /// What the paravirtual clock is ahead of the TSC, in nanoseconds; wraps.
+    pub fn clock_offset(&self) -> u64 {
+        self.clock_offset.load(Ordering::SeqCst)
     }
 
     /// Continue from a saved TSC value (less adjustment). The values of one machine's vCPUs were read at slightly different moments and
@@ -241,7 +256,9 @@ impl Cpu {
     pub(super) fn begin_time(&mut self) {
         let time = &self.env.vm.time;
         time.restored.store(false, Ordering::SeqCst);
-        if self.tsc_offset != time.offset().wrapping_add(self.local.tsc_adjust) {
+        if self.tsc_offset != time.offset().wrapping_add(self.local.tsc_adjust)
+            || self.local.pv.clock_offset != time.clock_offset()
+        {
             self.follow_tsc();
         }
     }
@@ -312,6 +329,18 @@ mod tests {
             assert_eq!(t.tsc(), saved);
             t.set_running(true);
             assert!(t.tsc() - saved < t.clock.hz() / 100);
+        }
+    }
+
+    #[test]
+    fn the_paravirtual_clock_goes_on_where_it_is_set() {
+        let t = VmTime::new();
+        for ns in [5 * NS, 1000] {
+            t.set_running(false);
+            t.set_ns(ns);
+            assert_eq!(t.ns(), ns);
+            t.set_running(true);
+            assert!((ns..ns + NS / 100).contains(&t.ns()), "{}", t.ns());
         }
     }
 

@@ -30,6 +30,10 @@ impl Vm for FakeVm {
     }
     fn inject_nmi(&self, _: u32) {}
     fn set_time_running(&self, _: bool) {}
+    fn paravirt_clock(&self) -> u64 {
+        0
+    }
+    fn set_paravirt_clock(&self, _: u64) {}
     fn set_dirty_logging(&self, _: bool) {}
 }
 
