@@ -67,6 +67,9 @@ impl Cpu {
         if self.debug_armed() {
             self.match_watch(lin, len, access);
         }
+        if self.debugger.watching() {
+            self.match_debugger_watch(lin, len, access);
+        }
     }
 
     #[cold]
@@ -95,7 +98,7 @@ impl Cpu {
         }
     }
 
-    /// Recompute the list of watched pages from DR0 to DR3 and DR7, so that the fast path misses on them.
+    /// Recompute the list of watched pages from DR0 to DR3, DR7 and the debugger's watchpoints, so that the fast path misses on them.
     pub fn update_watched(&mut self) {
         let mut pages = [u64::MAX; 8];
         let mut used = 0;
@@ -105,6 +108,10 @@ impl Cpu {
                 pages[used] = b.start & !0xfff;
                 used += 1;
             }
+        }
+        for page in self.debugger.watched_pages() {
+            pages[used] = page;
+            used += 1;
         }
         if pages != self.mmu.watched {
             self.mmu.watched = pages;

@@ -215,6 +215,8 @@ pub struct Cpu {
     pub masks: ControlMasks,
     /// PAUSEs since the last offer of the core.
     pub pauses: u32,
+    /// What a debugger wants.
+    pub debugger: crate::vcpu::Debugger,
     /// Translated blocks; none while only the interpreter is to run.
     pub translator: Option<Box<crate::translate::Translator>>,
     /// Decoded blocks.

@@ -61,6 +61,7 @@ impl Cpu {
             amd: super::cpuid::is_amd(&cpuid),
             masks: ControlMasks::from_cpuid(&cpuid),
             pauses: 0,
+            debugger: crate::vcpu::Debugger::default(),
             cache: crate::cache::BlockCache::default(),
             features,
             decode_options: crate::decode::options(&cpuid),

@@ -110,7 +110,9 @@ impl Cpu {
     fn look_at_interrupts(&mut self) {
         // Cleared before IRR is read: what is posted from now on sets it again.
         self.done(request::INTERRUPT);
-        if self.sys_flags & IF != 0 && self.shadow == Shadow::None {
+        // A debugger's step waits for HLT's end like anybody else.
+        let step = self.debugger.holds_interrupts() && self.activity == Activity::Running;
+        if self.sys_flags & IF != 0 && self.shadow == Shadow::None && !step {
             if let Some(vector) = self.take_interrupt() {
                 self.activity = Activity::Running;
                 self.local.interrupts += 1;

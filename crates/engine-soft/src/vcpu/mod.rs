@@ -1,5 +1,6 @@
 //! The run loop, and the engine seam's `Hypervisor`, `Vm` and `Vcpu`.
 
+mod debug;
 mod env;
 mod look_up;
 mod paravirt;
@@ -10,6 +11,7 @@ pub mod time;
 #[cfg(test)]
 mod tests;
 
+pub use debug::Debugger;
 pub use env::{Counters, Env, VcpuShared, VmShared, request};
 pub use paravirt::{Paravirt, feature, paravirt_features};
 pub(crate) use paravirt::{is_kvm, lower};

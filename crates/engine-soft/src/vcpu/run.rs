@@ -15,6 +15,9 @@ const TIMER_CHECK: u32 = 128;
 impl Cpu {
     /// Execute until something needs the caller.
     pub fn run_loop(&mut self) -> VcpuExit {
+        if self.debugged() {
+            return self.run_debugged();
+        }
         let mut until_timer = 0;
         loop {
             if until_timer == 0 {
@@ -141,7 +144,7 @@ impl Cpu {
 
     /// Execute one instruction and what follows it: the end of an interrupt shadow, single step, data breakpoints.
     #[cold]
-    fn step_single(&mut self) {
+    pub(super) fn step_single(&mut self) {
         let shadow = std::mem::take(&mut self.shadow);
         let stepping = self.sys_flags & TF != 0;
         if self.debug_armed()

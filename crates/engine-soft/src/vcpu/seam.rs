@@ -6,8 +6,8 @@ use crate::apic::Message;
 use crate::cpu::{Activity, Cpu, RIP};
 use crate::translate::Translator;
 use ringfort_engine::{
-    Capabilities, CpuState, CpuidTable, EngineError, Hypervisor, Kick, MachineBus, MpState, Vcpu, VcpuExit,
-    Vm,
+    Capabilities, CpuState, CpuidTable, DebugRequest, DebugVcpu, EngineError, Hypervisor, Kick, MachineBus,
+    MpState, Vcpu, VcpuExit, Vm,
 };
 use ringfort_memory::{GuestMemory, RamMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,8 +52,6 @@ pub fn open(tier: Tier) -> Result<SoftHypervisor, EngineError> {
         software: true,
         tsc_khz: u32::try_from(clock.hz() / 1000).unwrap_or(u32::MAX),
         cpuid: crate::cpuid::offered().clone(),
-        paravirt: super::paravirt_features(),
-        apic_khz: (crate::apic::TIMER_HZ / 1000) as u32,
     };
     Ok(SoftHypervisor { tier, capabilities })
 }
@@ -319,6 +317,24 @@ impl Vcpu for SoftVcpu {
         self.cpu.activity = at_reset(self.cpu.env.me.apic_id);
         self.failed = None;
         Ok(())
+    }
+
+    fn debugger(&mut self) -> Option<&mut dyn DebugVcpu> {
+        Some(self)
+    }
+}
+
+impl DebugVcpu for SoftVcpu {
+    fn max_watches(&self) -> usize {
+        super::debug::MAX_WATCHES
+    }
+
+    fn set_debug(&mut self, request: &DebugRequest) -> Result<(), EngineError> {
+        self.cpu.set_debug_request(request)
+    }
+
+    fn translate(&mut self, address: u64) -> Result<Option<u64>, EngineError> {
+        Ok(self.cpu.translate_debug(address))
     }
 }
 

@@ -6,6 +6,7 @@ const TRANSLATED: bool = false;
 mod code;
 mod control;
 mod debug;
+mod debugger;
 mod delivery;
 mod hostile;
 mod modes;

@@ -9,6 +9,8 @@ mod code;
 mod control;
 #[path = "../system/debug.rs"]
 mod debug;
+#[path = "../system/debugger.rs"]
+mod debugger;
 #[path = "../system/delivery.rs"]
 mod delivery;
 #[path = "../system/hostile.rs"]

@@ -299,9 +299,7 @@ impl Pc {
     /// Connect the engine's VM: interrupts go there from now on. Once only; later calls change nothing.
     pub fn connect(&self, vm: Arc<dyn Vm>) {
         // A second VM for one machine is a caller's slip that must not redirect the first one's interrupts.
-        if self.vm.0.set(vm).is_ok() {
-            lock(&self.ioapic).set_listener(self.vm.clone());
-        }
+        let _ = self.vm.0.set(vm);
     }
 
     /// Where message-signalled interrupts of devices go.

@@ -1,6 +1,6 @@
 //! Far transfers, returns from interrupts, fast system calls, software interrupts.
 
-use crate::cpu::{Cpu, InterruptKind, Trap};
+use crate::cpu::{Cpu, InterruptKind, RIP, Trap};
 use crate::decode::{Ctx, Exec, Flow, Handler, Op};
 use crate::mmu::Access;
 use iced_x86::{Code, Mnemonic};
@@ -83,6 +83,12 @@ fn int_n(cpu: &mut Cpu, op: &Op) -> Exec {
 }
 
 fn int3(cpu: &mut Cpu, op: &Op) -> Exec {
+    if cpu.debugger_takes_int3() {
+        let own = cpu.this_ip(op);
+        cpu.regs[usize::from(RIP)] = own;
+        cpu.no_step_trap = true;
+        return Ok(Flow::Branch);
+    }
     let next = cpu.next_ip(op);
     raise(cpu, Vector::Breakpoint as u8, InterruptKind::IntTrap(next))
 }
