@@ -4,6 +4,7 @@
 mod doctor;
 mod exit;
 mod progress;
+mod restore;
 mod run;
 
 use std::process::ExitCode;
@@ -21,6 +22,10 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Restore(Box<restore::RestoreArgs>),
+    /// Look into a saved state
+    #[command(subcommand)]
+    State(restore::StateCommand),
     /// Say what this host offers for virtual machines, and what to do about what is missing
     Doctor {
         /// Write the findings as JSON
@@ -52,6 +57,8 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Run(args) => args.run(),
+        Command::Restore(args) => args.run(),
+        Command::State(command) => command.run(),
         Command::Doctor { json } => doctor::run(json),
         Command::Img { arguments } => {
             let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
@@ -105,7 +112,9 @@ fn usage(error: &clap::Error) -> ExitCode {
         let _ = error.print();
         return ExitCode::from(u8::from(error.use_stderr()) * 2);
     }
-    let sub = std::env::args().nth(1).filter(|a| matches!(a.as_str(), "run" | "doctor" | "guest"));
+    let sub = std::env::args()
+        .nth(1)
+        .filter(|a| matches!(a.as_str(), "run" | "restore" | "state" | "doctor" | "guest"));
     exit::usage(&one_line(&error.render().to_string(), sub.as_deref()))
 }
 

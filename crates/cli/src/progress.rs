@@ -1,4 +1,4 @@
-//! Progress of building the default guest, on standard error: a line that renews itself on a terminal, plain lines elsewhere.
+//! Progress of what takes time, on standard error: a line that renews itself on a terminal. Elsewhere the steps of a build are plain lines.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use ringfort_guest::Progress;
@@ -48,6 +48,43 @@ impl Progress for BuildProgress {
 impl Drop for BuildProgress {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Remarks of a run, and the progress of saving and restoring.
+#[derive(Default)]
+pub struct RunUi {
+    bar: Option<ProgressBar>,
+}
+
+impl ringfort_vmm::Ui for RunUi {
+    fn say(&mut self, line: &str) {
+        self.progress_ends();
+        crate::exit::say(line);
+    }
+
+    fn progress(&mut self, what: &'static str, done: u64, total: u64) {
+        if !std::io::stderr().is_terminal() {
+            return;
+        }
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+            if let Ok(style) =
+                ProgressStyle::with_template("{prefix} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}")
+            {
+                bar.set_style(style);
+            }
+            bar
+        });
+        bar.set_prefix(what);
+        bar.set_length(total);
+        bar.set_position(done);
+    }
+
+    fn progress_ends(&mut self) {
+        if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
     }

@@ -1,10 +1,11 @@
 //! `ringfort run`: one virtual machine in the foreground.
 
 use crate::exit;
-use crate::progress::BuildProgress;
+use crate::progress::{BuildProgress, RunUi};
 use clap::{Args, ValueHint};
 use ringfort_vmm::config::{AccelOption, Boot, Disk, InvalidConfig, NetOption, Serial, VmConfig, parse_size};
-use ringfort_vmm::{Outcome, VmmError};
+use ringfort_vmm::saved::SaveTarget;
+use ringfort_vmm::{Options, Outcome, VmmError};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -57,6 +58,9 @@ pub struct RunArgs {
     /// Keep what the default guest writes to its disk, in a copy of its own in the cache folder
     #[arg(long, conflicts_with = "kernel")]
     keep: bool,
+    /// Where Ctrl-A s and signal USR1 save the machine, for `ringfort restore`; by default NAME.rfstate in this folder
+    #[arg(long, value_name = "FILE[,compress=zstd|none]")]
+    save: Option<SaveTarget>,
 }
 
 const AFTER: &str = "\
@@ -64,6 +68,7 @@ Keys:
   Ctrl-A x    stop the machine and leave        Ctrl-A h    help
   Ctrl-A p    press the power button            Ctrl-A r    reset
   Ctrl-A l    pull the network cable, or plug it in
+  Ctrl-A s    save the machine and leave; `ringfort restore` goes on with it
 
 Networks (--net):
   user   a router with NAT in this process; needs no rights. The guest gets 10.0.2.15 by DHCP, IPv6 by router advertisements, and the
@@ -78,7 +83,7 @@ Networks (--net):
   For all: mac=52:54:00:12:34:56  mtu=N  model=virtio-net
 
 Exit status:
-  0  the guest powered off, or Ctrl-A x      3  the guest reset (--no-reboot)
+  0  the guest powered off, Ctrl-A x or s     3  the guest reset (--no-reboot)
   1  Ringfort failed                         4  the guest panicked
   2  bad options or files                    odd numbers from 5: the guest's debug-exit value
 
@@ -99,22 +104,12 @@ impl RunArgs {
         if self.cpu == "help" {
             return cpu_help();
         }
+        let save = self.save.clone();
         let config = match self.config() {
             Ok(c) => c,
             Err(message) => return exit::usage(&message),
         };
-        match ringfort_vmm::run(&config, &mut exit::say) {
-            Ok(Outcome::PowerOff | Outcome::Quit) => ExitCode::SUCCESS,
-            Ok(Outcome::Reset) => ExitCode::from(exit::GUEST_RESET),
-            Ok(Outcome::Panicked) => {
-                exit::say("the guest panicked");
-                ExitCode::from(exit::GUEST_PANIC)
-            }
-            Ok(Outcome::DebugExit(status)) => ExitCode::from(status),
-            Err(VmmError::Config(e)) => exit::usage(&in_options(&e)),
-            Err(e) if e.is_usage() => exit::usage(&e.to_string()),
-            Err(e) => exit::failure(&e.to_string()),
-        }
+        start(&config, Options { save, ..Options::default() })
     }
 
     fn config(self) -> Result<VmConfig, String> {
@@ -147,6 +142,26 @@ impl RunArgs {
             }
         }
         Ok(config)
+    }
+}
+
+/// Run the machine to its end.
+pub fn start(config: &VmConfig, options: Options) -> ExitCode {
+    match ringfort_vmm::run(config, options, &mut RunUi::default()) {
+        Ok(Outcome::PowerOff | Outcome::Quit) => ExitCode::SUCCESS,
+        Ok(Outcome::Saved(path)) => {
+            exit::say(&format!("saved; `ringfort restore {}` goes on with it", path.display()));
+            ExitCode::SUCCESS
+        }
+        Ok(Outcome::Reset) => ExitCode::from(exit::GUEST_RESET),
+        Ok(Outcome::Panicked) => {
+            exit::say("the guest panicked");
+            ExitCode::from(exit::GUEST_PANIC)
+        }
+        Ok(Outcome::DebugExit(status)) => ExitCode::from(status),
+        Err(VmmError::Config(e)) => exit::usage(&in_options(&e)),
+        Err(e) if e.is_usage() => exit::usage(&e.to_string()),
+        Err(e) => exit::failure(&e.to_string()),
     }
 }
 

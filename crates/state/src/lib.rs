@@ -5,12 +5,16 @@
 //! both are the same writer on different sinks. A reader refuses a version newer than it knows and upgrades an
 //! older one.
 //!
+//! RAM and what throw-away disk layers hold follow as streams of pages ([`PagesWriter`]).
+//!
 //! Bodies are encoded with postcard 1.x, whose wire format is fixed; each model owns a plain serde struct for
 //! every version of its layout.
 #![forbid(unsafe_code)]
 
+mod pages;
 mod stream;
 
+pub use pages::{Chunk, Compression, MAX_CHUNK, PagesReader, PagesWriter};
 pub use stream::{Reader, Writer};
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -57,10 +61,10 @@ pub enum StateError {
         reason: String,
     },
     /// The stream is damaged, cut short or not a state file at all.
-    #[error("state file: {0}")]
+    #[error("{0}")]
     Stream(String),
     /// Reading or writing failed.
-    #[error("state file: {0}")]
+    #[error("{0}")]
     Io(#[from] std::io::Error),
 }
 

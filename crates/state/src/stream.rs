@@ -76,8 +76,14 @@ impl<R: Read> Reader<R> {
     pub fn new(mut source: R) -> Result<Self, StateError> {
         let mut magic = [0; 8];
         source.read_exact(&mut magic).map_err(cut_short)?;
+        if magic[..7] == MAGIC[..7] && magic[7].is_ascii_graphic() && magic != *MAGIC {
+            return Err(StateError::Stream(format!(
+                "is of format version {}; this Ringfort reads version 1",
+                char::from(magic[7])
+            )));
+        }
         if &magic != MAGIC {
-            return Err(StateError::Stream("not a Ringfort state file (wrong magic)".into()));
+            return Err(StateError::Stream("is no saved state of Ringfort".into()));
         }
         Ok(Reader { source })
     }
@@ -110,12 +116,17 @@ impl<R: Read> Reader<R> {
         Ok(Some(Section { kind, instance, version, body }))
     }
 
+    /// The source, to go on with the page streams after the end mark.
+    pub fn into_inner(self) -> R {
+        self.source
+    }
+
     fn take(&mut self, len: usize, crc: &mut crc32fast::Hasher) -> Result<Vec<u8>, StateError> {
         // Grows with what really arrives: a lying length costs nothing.
         let mut buf = Vec::new();
         self.source.by_ref().take(len as u64).read_to_end(&mut buf)?;
         if buf.len() != len {
-            return Err(StateError::Stream("cut short".into()));
+            return Err(cut_short(std::io::ErrorKind::UnexpectedEof.into()));
         }
         crc.update(&buf);
         Ok(buf)
@@ -127,9 +138,9 @@ impl<R: Read> Reader<R> {
     }
 }
 
-fn cut_short(e: std::io::Error) -> StateError {
+pub(crate) fn cut_short(e: std::io::Error) -> StateError {
     if e.kind() == std::io::ErrorKind::UnexpectedEof {
-        StateError::Stream("cut short".into())
+        StateError::Stream("is cut short; it was not written to its end, or not copied whole".into())
     } else {
         StateError::Io(e)
     }
@@ -156,6 +167,14 @@ mod tests {
         assert_eq!((b.kind.as_str(), b.instance, b.version), ("serial", 1, 2));
         assert!(matches!(b.decode::<String>("serial", 1), Err(StateError::TooNew { .. })));
         assert!(r.next_section().unwrap().is_none());
+    }
+
+    #[test]
+    fn other_versions_and_other_files_are_told_apart() {
+        let said = |b: &[u8]| Reader::new(b).err().unwrap().to_string();
+        assert!(said(b"RFSTATE2....").contains("format version 2"));
+        assert!(said(b"QFI\xfb........").contains("no saved state"));
+        assert!(said(b"RFST").contains("cut short"));
     }
 
     #[test]

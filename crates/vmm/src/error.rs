@@ -45,6 +45,9 @@ pub enum VmmError {
     /// The devices cannot be put together.
     #[error("{0}")]
     Machine(String),
+    /// A saved state cannot be written or taken over.
+    #[error("{0}")]
+    State(String),
     /// The engine failed while the guest ran.
     #[error("{0}")]
     Engine(#[from] EngineError),

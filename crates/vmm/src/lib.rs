@@ -6,15 +6,15 @@
 
 pub mod chardev;
 pub mod config;
-mod engine;
 mod error;
 mod lines;
 mod log;
 pub mod machine;
 pub mod net;
 mod run;
+pub mod saved;
 pub mod time;
 pub mod vcpus;
 
 pub use error::VmmError;
-pub use run::{Outcome, run};
+pub use run::{Options, Outcome, Ui, run};

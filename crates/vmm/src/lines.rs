@@ -5,7 +5,7 @@ use ringfort_bus::{Shared, lock};
 use ringfort_devices::serial::{Serial, SerialSink};
 use ringfort_virtio::console::Console;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 
 /// Where a machine's character devices lead.
 pub struct Lines {
@@ -52,19 +52,54 @@ pub fn sink(line: &Chardev) -> Box<dyn SerialSink> {
 }
 
 /// A way in. Once the device is gone nobody waits for what is typed.
-struct ToSerial(Weak<Mutex<Serial>>);
+struct ToSerial(Weak<Mutex<Serial>>, Arc<Hold>);
 
 impl Input for ToSerial {
     fn receive(&self, bytes: &[u8]) -> usize {
-        self.0.upgrade().map_or(bytes.len(), |port| lock(&port).receive(bytes))
+        self.1.pass(|| self.0.upgrade().map_or(bytes.len(), |port| lock(&port).receive(bytes))).unwrap_or(0)
     }
 }
 
-struct ToConsole(Weak<Console>);
+struct ToConsole(Weak<Console>, Arc<Hold>);
 
 impl Input for ToConsole {
     fn receive(&self, bytes: &[u8]) -> usize {
-        self.0.upgrade().map_or(bytes.len(), |console| console.input(bytes))
+        self.1.pass(|| self.0.upgrade().map_or(bytes.len(), |console| console.input(bytes))).unwrap_or(0)
+    }
+}
+
+type Call = Arc<dyn Fn() + Send + Sync>;
+
+/// Keeps what comes from outside away from the devices while they must not change.
+#[derive(Default)]
+pub struct Hold {
+    held: RwLock<bool>,
+    /// What is to be called when it ends: devices that wait for room to write, readers that wait for room to read into.
+    afterwards: Mutex<Vec<Call>>,
+}
+
+impl Hold {
+    /// Do `f` unless held.
+    fn pass<T>(&self, f: impl FnOnce() -> T) -> Option<T> {
+        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
+        (!*held).then(f)
+    }
+
+    fn afterwards(&self, call: Call) {
+        lock(&self.afterwards).push(call);
+    }
+
+    /// On return nothing from outside is on its way into a device, and nothing comes.
+    pub fn hold(&self) {
+        *self.held.write().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    /// Go on, with what was held up.
+    pub fn release(&self) {
+        let was = std::mem::take(&mut *self.held.write().unwrap_or_else(PoisonError::into_inner));
+        if was {
+            lock(&self.afterwards).iter().for_each(|call| call());
+        }
     }
 }
 
@@ -72,16 +107,25 @@ impl Input for ToConsole {
 ///
 /// # Errors
 /// When the host has no more threads or descriptors.
-pub fn join_serial(port: &Shared<Serial>, line: &mut Chardev, room: &Room) -> io::Result<()> {
+pub fn join_serial(
+    port: &Shared<Serial>,
+    line: &mut Chardev,
+    room: &Room,
+    hold: &Arc<Hold>,
+) -> io::Result<()> {
     let weak = Arc::downgrade(port);
     let ready = weak.clone();
-    line.output().when_writable(Arc::new(move || {
-        if let Some(port) = ready.upgrade() {
-            lock(&port).transmit_ready();
-        }
-    }));
-    line.connect(Arc::new(ToSerial(weak)))?;
+    let writable = hold.clone();
+    let transmit: Call = Arc::new(move || {
+        let port = ready.upgrade();
+        // What is held up is called again when that ends.
+        let _ = writable.pass(|| port.map(|p| lock(&p).transmit_ready()));
+    });
+    hold.afterwards(transmit.clone());
+    line.output().when_writable(transmit);
+    line.connect(Arc::new(ToSerial(weak, hold.clone())))?;
     room.set(line);
+    hold.afterwards(line.unblock());
     Ok(())
 }
 
@@ -89,16 +133,19 @@ pub fn join_serial(port: &Shared<Serial>, line: &mut Chardev, room: &Room) -> io
 ///
 /// # Errors
 /// When the host has no more threads or descriptors.
-pub fn console(line: &mut Chardev) -> io::Result<Arc<Console>> {
+pub fn console(line: &mut Chardev, hold: &Arc<Hold>) -> io::Result<Arc<Console>> {
     let room = Room::default();
     let console = Arc::new(Console::new(sink(line), room.caller()));
     let ready = Arc::downgrade(&console);
-    line.output().when_writable(Arc::new(move || {
-        if let Some(console) = ready.upgrade() {
-            console.transmit_ready();
-        }
-    }));
-    line.connect(Arc::new(ToConsole(Arc::downgrade(&console))))?;
+    let writable = hold.clone();
+    let transmit: Call = Arc::new(move || {
+        let console = ready.upgrade();
+        let _ = writable.pass(|| console.map(|c| c.transmit_ready()));
+    });
+    hold.afterwards(transmit.clone());
+    line.output().when_writable(transmit);
+    line.connect(Arc::new(ToConsole(Arc::downgrade(&console), hold.clone())))?;
     room.set(line);
+    hold.afterwards(line.unblock());
     Ok(console)
 }

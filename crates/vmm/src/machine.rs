@@ -1,9 +1,10 @@
 //! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
 
-use crate::config::{Disk, DiskFormat, VmConfig};
+use crate::config::{Accel, Disk, DiskFormat, Tier, VmConfig};
 use crate::error::VmmError;
-use crate::lines::{self, Lines, Room};
+use crate::lines::{self, Hold, Lines, Room};
 use crate::net::Card;
+use crate::saved::{OpenDisk, Saved};
 use crate::time::{MachineClock, TimerService};
 use crate::vcpus::{VcpuEvent, Vcpus};
 use ringfort_block::{BlockBackend, Format, ImageOptions, Overlay, open_image};
@@ -12,6 +13,7 @@ use ringfort_devices::pci::PciFunction;
 use ringfort_devices::power::PowerSink;
 use ringfort_devices::{debug_exit, debugcon};
 use ringfort_engine::{EngineError, Hypervisor, Vcpu, Vm};
+use ringfort_engine_soft::vcpu::Tier as SoftTier;
 use ringfort_machine_pc::boot::{Entry, ImageFile, Module};
 use ringfort_machine_pc::layout::Layout;
 use ringfort_machine_pc::{Identity, Pc, PcConfig, PcError, SerialPort};
@@ -21,7 +23,9 @@ use ringfort_virtio::balloon::{Balloon, BalloonOptions, HostRelease};
 use ringfort_virtio::blk::{Blk, BlkOptions};
 use ringfort_virtio::pci::VirtioPci;
 use ringfort_virtio::rng::Rng;
-use ringfort_x86::cpuid::{CpuBuilder, CpuSpec, Hypervisor as HypervisorLeaves, SpecError, Topology};
+use ringfort_x86::cpuid::{
+    CpuBuilder, CpuSpec, CpuidTable, Hypervisor as HypervisorLeaves, SpecError, Topology,
+};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -32,20 +36,27 @@ const DEFAULT_QUEUES: u32 = 4;
 
 /// Everything of one VM, paused.
 pub struct Machine {
-    config: VmConfig,
+    pub(crate) config: VmConfig,
+    /// Name of the engine.
+    pub(crate) engine: &'static str,
     cpus: CpuBuilder,
-    tsc_khz: u32,
-    uuid: [u8; 16],
-    clock: Arc<MachineClock>,
-    pc: Arc<Pc>,
-    vm: Arc<dyn Vm>,
-    vcpus: Vcpus,
+    /// What CPUID says on each vCPU.
+    pub(crate) cpuid: Vec<CpuidTable>,
+    pub(crate) tsc_khz: u32,
+    pub(crate) uuid: [u8; 16],
+    pub(crate) clock: Arc<MachineClock>,
+    pub(crate) pc: Arc<Pc>,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) vcpus: Vcpus,
     virtio: Vec<Arc<VirtioPci>>,
     /// Network cards, in the order of the configuration.
     cards: Vec<Card>,
+    pub(crate) disks: Vec<OpenDisk>,
+    /// Keeps input away while paused.
+    hold: Arc<Hold>,
     /// Dropped after the vCPUs, so that what the guest said last is written.
     lines: Lines,
-    _timers: TimerService,
+    timers: TimerService,
 }
 
 fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmmError {
@@ -53,19 +64,32 @@ fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmmError {
 }
 
 impl Machine {
-    /// Build the machine that `config` describes and load its kernel. `say` gets a line about what was chosen or is missing.
+    /// Build the machine that `config` describes, and load its kernel, or take over what was `saved` ([`Machine::load`] is to follow then). `say` gets a line about what was chosen or is missing.
     ///
     /// # Errors
     /// [`VmmError`]; nothing is left behind.
     pub fn build(
         config: &VmConfig,
+        saved: Option<&Saved>,
         mut lines: Lines,
         power: Arc<dyn PowerSink>,
         report: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
         say: &mut dyn FnMut(&str),
     ) -> Result<Machine, VmmError> {
-        let engine = crate::engine::open(config, say)?;
-        let cpus = describe_cpus(config, engine.as_ref(), say)?;
+        let engine = open_engine(config.accel, config.tier, say)?;
+        let mut cpus = describe_cpus(config, engine.as_ref(), say)?;
+        let offered = engine.capabilities();
+        let cpuid: Vec<CpuidTable> = match saved {
+            None => apic_ids(&cpus).map(|id| cpus.table(id)).collect(),
+            Some(s) => {
+                let tables =
+                    s.cpuid(engine.name(), offered, ringfort_engine_soft::vcpu::paravirt_features())?;
+                if let Some(l) = tables.first().and_then(|t| t.find(0x8000_0008, 0)) {
+                    cpus.set_physical_bits(l.eax & 0xff);
+                }
+                tables
+            }
+        };
         let layout = Layout::new(config.memory, cpus.physical_bits())?;
         let memory = layout.allocate()?;
 
@@ -73,6 +97,7 @@ impl Machine {
         let timers = TimerService::start(clock.clone()).map_err(host("starting the timer thread"))?;
         let log = Arc::new(crate::log::GuestLog::new(&config.name));
         let room = Room::default();
+        let hold = Arc::new(Hold::default());
         let debug_log = log.clone();
         let config_of_pc = PcConfig {
             layout,
@@ -88,13 +113,14 @@ impl Machine {
         };
         let pc = Pc::new(config_of_pc, &timers)?;
         if let Some(port) = pc.serial().first() {
-            lines::join_serial(port, &mut lines.serial, &room).map_err(VmmError::Serial)?;
+            lines::join_serial(port, &mut lines.serial, &room, &hold).map_err(VmmError::Serial)?;
         }
 
         let ram = Arc::new(RamMap::new(&memory));
-        let mut virtio = Vec::new();
+        let (mut virtio, mut disks) = (Vec::new(), Vec::new());
         for disk in &config.disks {
-            let device = open_disk(disk, config.cpus).map_err(VmmError::Disk)?;
+            let (device, open) = open_disk(disk, config.cpus).map_err(VmmError::Disk)?;
+            disks.push(open);
             virtio.push(add_virtio(&pc, &ram, Arc::new(device))?);
         }
         let mut cards = Vec::new();
@@ -107,36 +133,61 @@ impl Machine {
         let balloon = Balloon::new(BalloonOptions::default(), Arc::new(HostRelease::new(ram.clone())));
         virtio.push(add_virtio(&pc, &ram, Arc::new(balloon))?);
         if let Some(console) = &mut lines.console {
-            let device = lines::console(console).map_err(VmmError::Console)?;
+            let device = lines::console(console, &hold).map_err(VmmError::Console)?;
             virtio.push(add_virtio(&pc, &ram, device)?);
         }
 
         let vm = engine.create_vm(memory.clone(), pc.clone())?;
         pc.connect(vm.clone());
-        let vcpus: Vec<Box<dyn Vcpu>> =
-            apic_ids(&cpus).map(|id| vm.create_vcpu(id, cpus.table(id))).collect::<Result<_, _>>()?;
+        let vcpus: Vec<Box<dyn Vcpu>> = apic_ids(&cpus)
+            .zip(&cpuid)
+            .map(|(id, table)| vm.create_vcpu(id, table.clone()))
+            .collect::<Result<_, _>>()?;
         let vcpus = Vcpus::start(vcpus, report).map_err(host("starting the vCPU threads"))?;
 
         let mut machine = Machine {
             config: config.clone(),
+            engine: engine.name(),
             cpus,
-            tsc_khz: engine.capabilities().tsc_khz,
-            uuid: random_uuid().map_err(host("reading random bytes"))?,
+            cpuid,
+            tsc_khz: saved.map_or(offered.tsc_khz, Saved::tsc_khz),
+            uuid: match saved {
+                Some(s) => s.uuid(),
+                None => random_uuid().map_err(host("reading random bytes"))?,
+            },
             clock,
             pc,
             vm,
             vcpus,
             virtio,
             cards,
+            disks,
+            hold,
             lines,
-            _timers: timers,
+            timers,
         };
-        machine.power_on()?;
-        machine.lines.serial.commit().map_err(VmmError::Serial)?;
-        if let Some(console) = &mut machine.lines.console {
-            console.commit().map_err(VmmError::Console)?;
+        if saved.is_none() {
+            machine.power_on()?;
+            machine.commit(false)?;
         }
         Ok(machine)
+    }
+
+    /// The machine is about to run: files that take its output lose what they had, or if `append` are written on.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn commit(&mut self, append: bool) -> Result<(), VmmError> {
+        self.lines.serial.commit(append).map_err(VmmError::Serial)?;
+        if let Some(console) = &mut self.lines.console {
+            console.commit(append).map_err(VmmError::Console)?;
+        }
+        Ok(())
+    }
+
+    /// APIC IDs of all vCPUs.
+    pub(crate) fn apic_ids(&self) -> impl Iterator<Item = u32> {
+        apic_ids(&self.cpus)
     }
 
     /// What firmware does: place BARs, write tables, load the kernel, set up the boot vCPU.
@@ -172,12 +223,16 @@ impl Machine {
         }
         self.clock.resume();
         self.vm.set_time_running(true);
+        self.timers.release();
         self.vcpus.resume();
+        self.hold.release();
     }
 
-    /// Stop vCPUs and devices, and wait until they have stopped: nothing touches guest memory from then on.
+    /// Stop vCPUs and devices, and wait until they have stopped: nothing touches guest memory or changes a device from then on.
     pub fn pause(&self) {
+        self.hold.hold();
         self.vcpus.pause();
+        self.timers.hold();
         self.vm.set_time_running(false);
         self.clock.pause();
         for v in &self.virtio {
@@ -238,6 +293,23 @@ fn apic_ids(cpus: &CpuBuilder) -> impl Iterator<Item = u32> {
     (0..topology.cpus()).map(move |n| topology.apic_id(n))
 }
 
+fn open_engine(accel: Accel, tier: Tier, say: &mut dyn FnMut(&str)) -> Result<Box<dyn Hypervisor>, VmmError> {
+    let tier = match tier {
+        Tier::Interp => SoftTier::Interpret,
+        Tier::Translate => SoftTier::Translate,
+    };
+    if accel == Accel::Kvm {
+        return Err(VmmError::Accel(
+            "this version runs guests on the software engine only; give soft or auto".into(),
+        ));
+    }
+    let engine = ringfort_engine_soft::vcpu::open(tier).map_err(|e| VmmError::Accel(e.to_string()))?;
+    if accel == Accel::Auto {
+        say("engine: soft (this version has no KVM engine)");
+    }
+    Ok(Box::new(engine))
+}
+
 fn describe_cpus(
     config: &VmConfig,
     engine: &dyn Hypervisor,
@@ -246,10 +318,10 @@ fn describe_cpus(
     let spec: CpuSpec = config.cpu.parse().map_err(|e: SpecError| VmmError::Cpu(e.to_string()))?;
     let offered = engine.capabilities();
     let leaves = HypervisorLeaves {
-        features: offered.paravirt,
+        features: ringfort_engine_soft::vcpu::paravirt_features(),
         hints: 0,
         tsc_khz: offered.tsc_khz,
-        apic_khz: offered.apic_khz,
+        apic_khz: (ringfort_engine_soft::apic::TIMER_HZ / 1000) as u32,
     };
     let (cpus, dropped) = CpuBuilder::new(&spec, &offered.cpuid, Topology::flat(config.cpus), leaves);
     if !dropped.requested.is_empty() {
@@ -283,7 +355,7 @@ fn open_file(option: &str, path: &Path) -> Result<File, VmmError> {
     })
 }
 
-fn open_disk(disk: &Disk, cpus: u32) -> Result<Blk, String> {
+fn open_disk(disk: &Disk, cpus: u32) -> Result<(Blk, OpenDisk), String> {
     let options = ImageOptions {
         format: disk.format.map(|f| match f {
             DiskFormat::Raw => Format::Raw,
@@ -293,15 +365,20 @@ fn open_disk(disk: &Disk, cpus: u32) -> Result<Blk, String> {
         ..ImageOptions::default()
     };
     let mut backend: Arc<dyn BlockBackend> = open_image(&disk.path, &options).map_err(|e| e.to_string())?;
+    let mut overlay = None;
     if disk.snapshot {
-        backend = Arc::new(Overlay::new(backend, &Overlay::default_dir()).map_err(|e| e.to_string())?);
+        let layer = Overlay::new(backend, &Overlay::default_dir()).map_err(|e| e.to_string())?;
+        let layer = Arc::new(layer);
+        overlay = Some(layer.clone());
+        backend = layer;
     }
+    let open = OpenDisk { backend: backend.clone(), overlay };
     let options = BlkOptions {
         queues: disk.queues.unwrap_or(cpus.min(DEFAULT_QUEUES) as u16),
         serial: disk.serial.clone().unwrap_or_default(),
         ..BlkOptions::default()
     };
-    Blk::new(backend, &options)
+    Ok((Blk::new(backend, &options)?, open))
 }
 
 fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Result<Arc<VirtioPci>, VmmError> {

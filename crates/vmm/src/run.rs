@@ -5,17 +5,19 @@ use crate::config::{Serial, VmConfig};
 use crate::error::VmmError;
 use crate::lines::Lines;
 use crate::machine::Machine;
+use crate::saved::{SaveTarget, Saved};
 use crate::vcpus::VcpuEvent;
 use ringfort_base::signals::SignalFd;
 use ringfort_base::{EventLoop, Handle, Interest, RawTerminal};
 use ringfort_devices::power::{PowerEvent, PowerSink};
 use std::collections::VecDeque;
 use std::io;
+use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 /// How a machine ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
     /// The guest powered off.
     PowerOff,
@@ -25,6 +27,8 @@ pub enum Outcome {
     Reset,
     /// The guest's kernel panicked.
     Panicked,
+    /// The state was saved to this file.
+    Saved(PathBuf),
     /// The guest wrote to the debug-exit device; the exit status.
     DebugExit(u8),
 }
@@ -35,12 +39,13 @@ enum Event {
     Command(Command),
     Vcpu(VcpuEvent),
     Signal,
+    SaveSignal,
 }
 
 impl Event {
     /// Whether it comes from the user and not from the guest.
     fn is_from_user(&self) -> bool {
-        matches!(self, Event::Command(_) | Event::Signal)
+        matches!(self, Event::Command(_) | Event::Signal | Event::SaveSignal)
     }
 }
 
@@ -68,16 +73,37 @@ impl PowerSink for Shared {
     }
 }
 
-/// Build the machine, run it to its end. `say` gets one-line remarks before the guest starts.
+/// How a run tells its user things.
+pub trait Ui {
+    /// A one-line remark.
+    fn say(&mut self, line: &str);
+    /// Something takes time: what, bytes done, bytes in all.
+    fn progress(&mut self, what: &'static str, done: u64, total: u64) {
+        let _ = (what, done, total);
+    }
+    /// What took time is over.
+    fn progress_ends(&mut self) {}
+}
+
+/// What a run is to do beside what the configuration says.
+#[derive(Default)]
+pub struct Options {
+    /// Where Ctrl-A s and SIGUSR1 save the state; by default the machine's name in the current folder.
+    pub save: Option<SaveTarget>,
+    /// Go on with a saved machine instead of starting one. The configuration is [`Saved::config`].
+    pub restore: Option<Saved>,
+}
+
+/// Build the machine, run it to its end.
 ///
 /// # Errors
 /// [`VmmError`].
-pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmError> {
+pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outcome, VmmError> {
     config.validate(ringfort_base::host::memory().total)?;
     let host = |what: &'static str| move |source: io::Error| VmmError::Host { what, source };
     // Before any thread starts, so that all inherit the mask.
-    let signals =
-        SignalFd::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP]).map_err(host("taking signals"))?;
+    let signals = SignalFd::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1])
+        .map_err(host("taking signals"))?;
     let mut main = EventLoop::new().map_err(host("making the main loop"))?;
     let (events, queue) = channel();
     let post = Post { events, wake: main.handle() };
@@ -99,13 +125,31 @@ pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmE
     // Said once the machine stands, so that a mistake is told alone.
     let mut remarks = Vec::new();
     let mut remark = |line: &str| remarks.push(line.to_owned());
-    let machine = Machine::build(config, Lines { serial, console }, power, report, &mut remark)?;
-    remarks.iter().for_each(|line| say(line));
-    ptys.iter().flatten().for_each(|line| say(line));
+    let Options { save, mut restore } = options;
+    if let Some(target) = &save {
+        target.check()?;
+    }
+    let lines = Lines { serial, console };
+    let mut machine = Machine::build(config, restore.as_ref(), lines, power, report, &mut remark)?;
+    if let Some(saved) = &mut restore {
+        let loaded = machine.load(saved, &mut |what, done, total| ui.progress(what, done, total));
+        ui.progress_ends();
+        loaded?;
+        machine.commit(true)?;
+    }
+    let save = save.unwrap_or_else(|| match &restore {
+        // Back to where it came from, which is out of date once it has run.
+        Some(saved) => SaveTarget { keep_existing: false, ..SaveTarget::by_default(saved.path().into()) },
+        None => SaveTarget::by_default(format!("{}.rfstate", config.name).into()),
+    });
+    drop(restore);
+    let machine = machine;
+    remarks.iter().for_each(|line| ui.say(line));
+    ptys.iter().flatten().for_each(|line| ui.say(line));
     let signals = &signals;
     main.add(signals, Interest::READ, move |_, _| {
-        while let Ok(Some(_)) = signals.next() {
-            post.send(Event::Signal);
+        while let Ok(Some(signal)) = signals.next() {
+            post.send(if signal == libc::SIGUSR1 { Event::SaveSignal } else { Event::Signal });
         }
     })
     .map_err(host("taking signals"))?;
@@ -132,6 +176,27 @@ pub fn run(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Outcome, VmmE
                 }
                 Next::PowerButton => machine.power_button(),
                 Next::ToggleLink => _ = machine.toggle_links(),
+                Next::Save => {
+                    machine.pause();
+                    // What the guest did last counts: one that has just powered off is not saved.
+                    waiting.extend(queue.try_iter());
+                    if waiting.iter().any(|e| !e.is_from_user()) {
+                        waiting.push_back(Event::SaveSignal);
+                        machine.resume();
+                        continue;
+                    }
+                    let saved = machine.save(&save, &mut |what, done, total| ui.progress(what, done, total));
+                    ui.progress_ends();
+                    match saved {
+                        Ok(()) => return Ok(Outcome::Saved(save.path)),
+                        Err(e) => {
+                            // The terminal is raw.
+                            let end = if on_terminal { "\r" } else { "" };
+                            ui.say(&format!("{e}; the guest goes on{end}"));
+                            machine.resume();
+                        }
+                    }
+                }
                 Next::Reset => {
                     machine.pause();
                     // What the old guest still had under way must not reset the new one; what the user wants holds.
@@ -150,6 +215,7 @@ enum Next {
     Fail(VmmError),
     PowerButton,
     ToggleLink,
+    Save,
     Reset,
 }
 
@@ -164,6 +230,7 @@ fn next(config: &VmConfig, event: Event) -> Next {
         Event::Command(Command::Quit) | Event::Signal => Next::End(Outcome::Quit),
         Event::Command(Command::PowerButton) => Next::PowerButton,
         Event::Command(Command::ToggleLink) => Next::ToggleLink,
+        Event::Command(Command::Save) | Event::SaveSignal => Next::Save,
         // Asked for by the user, not by the guest: it boots again in any case.
         Event::Command(Command::Reset) => Next::Reset,
         Event::Vcpu(VcpuEvent::Shutdown) => reset,

@@ -34,6 +34,13 @@ impl MachineClock {
         }
     }
 
+    /// Let a clock that stands still go on from `now_ns`.
+    pub fn set(&self, now_ns: u64) {
+        let mut s = lock(&self.state);
+        s.base = now_ns;
+        s.since = s.since.map(|_| Instant::now());
+    }
+
     /// Go on.
     pub fn resume(&self) {
         lock(&self.state).since.get_or_insert_with(Instant::now);
@@ -60,6 +67,10 @@ struct Queue {
     heap: BinaryHeap<Reverse<(u64, usize, u64)>>,
     /// Per timer: generation (moves with each arm and cancel), whether armed, and target.
     timers: Vec<(u64, bool, Option<Target>)>,
+    /// Nothing goes off for now.
+    held: bool,
+    /// A device is being told.
+    busy: bool,
     stop: bool,
 }
 
@@ -86,11 +97,27 @@ impl TimerService {
     /// # Errors
     /// When the host has no more threads.
     pub fn start(clock: Arc<dyn Clock>) -> std::io::Result<TimerService> {
-        let queue = Queue { heap: BinaryHeap::new(), timers: Vec::new(), stop: false };
+        let queue =
+            Queue { heap: BinaryHeap::new(), timers: Vec::new(), held: false, busy: false, stop: false };
         let service = Arc::new(Service { clock, queue: Mutex::new(queue), changed: Condvar::new() });
         let run = service.clone();
         let thread = std::thread::Builder::new().name("timers".into()).spawn(move || run.serve())?;
         Ok(TimerService { service, thread: Some(thread) })
+    }
+
+    /// Let nothing go off, not even what is due; on return no device is being told.
+    pub fn hold(&self) {
+        let mut q = lock(&self.service.queue);
+        q.held = true;
+        while q.busy {
+            q = self.service.changed.wait(q).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Go on after [`hold`](Self::hold).
+    pub fn release(&self) {
+        lock(&self.service.queue).held = false;
+        self.service.changed.notify_all();
     }
 }
 
@@ -125,6 +152,10 @@ impl Service {
     fn serve(&self) {
         let mut q = lock(&self.queue);
         while !q.stop {
+            if q.held {
+                q = self.changed.wait(q).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
             let now = self.clock.now_ns();
             match q.heap.peek().copied() {
                 Some(Reverse((_, number, generation))) if !live(&q, number, generation) => {
@@ -134,6 +165,7 @@ impl Service {
                     q.heap.pop();
                     q.timers[number].1 = false;
                     let target = q.timers[number].2.clone();
+                    q.busy = true;
                     // The device's lock is never taken under the queue's: it arms timers under its own.
                     drop(q);
                     if let Some((device, index)) = target
@@ -142,6 +174,10 @@ impl Service {
                         lock(&device).timer_expired(index);
                     }
                     q = lock(&self.queue);
+                    q.busy = false;
+                    if q.held {
+                        self.changed.notify_all();
+                    }
                 }
                 Some(Reverse((deadline, ..))) => {
                     // A paused clock does not reach the deadline; looking again each second costs nothing then.
@@ -229,6 +265,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_due_while_held_goes_off_afterwards() {
+        let clock = MachineClock::new();
+        let service = TimerService::start(clock.clone()).unwrap();
+        let (tx, rx) = channel();
+        let device: Arc<Mutex<dyn TimerDevice>> = ringfort_bus::shared(Probe(tx));
+        let (timer, n) = service.timer();
+        service.bind(n, Arc::downgrade(&device), 7);
+        service.hold();
+        timer.arm(clock.now_ns());
+        // The thread has had its chance once another of its wake-ups is over.
+        service.service.changed.notify_all();
+        assert!(rx.recv_timeout(Duration::from_millis(20)).is_err());
+        service.release();
+        assert_eq!(rx.recv_timeout(Duration::from_secs(20)), Ok(7));
+    }
+
+    #[test]
     fn a_paused_clock_stands_still() {
         let clock = MachineClock::new();
         clock.pause();
@@ -238,5 +291,10 @@ mod tests {
         clock.resume();
         std::thread::sleep(Duration::from_millis(5));
         assert!(clock.now_ns() > t);
+        clock.pause();
+        clock.set(77);
+        assert_eq!(clock.now_ns(), 77);
+        clock.resume();
+        assert!(clock.now_ns() >= 77);
     }
 }

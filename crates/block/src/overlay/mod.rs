@@ -54,6 +54,25 @@ impl Bitmap {
         self.leaves[leaf].get_or_init(make)[word].fetch_or(mask, Ordering::Release);
     }
 
+    /// The first bit that is set at or after `from`.
+    fn next_set(&self, from: u64) -> Option<u64> {
+        let (mut leaf, mut word, mask) = Bitmap::place(from);
+        let mut wanted = !(mask - 1);
+        while leaf < self.leaves.len() {
+            if let Some(words) = self.leaves[leaf].get() {
+                for (n, w) in words.iter().enumerate().skip(word) {
+                    let bits = w.load(Ordering::Acquire) & wanted;
+                    if bits != 0 {
+                        return Some(((leaf * LEAF + n) * 64) as u64 + u64::from(bits.trailing_zeros()));
+                    }
+                    wanted = !0;
+                }
+            }
+            (leaf, word, wanted) = (leaf + 1, 0, !0);
+        }
+        None
+    }
+
     fn count(&self) -> u64 {
         let words = self.leaves.iter().filter_map(OnceLock::get).flatten();
         words.map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum()
@@ -108,6 +127,17 @@ impl Overlay {
     /// Bytes that the layer holds.
     pub fn held_bytes(&self) -> u64 {
         self.held.count() * BLOCK
+    }
+
+    /// The next run that the layer holds at or after `from`: offset and length. To be called while nobody writes.
+    pub fn next_held(&self, from: u64) -> Option<(u64, u64)> {
+        let first = self.held.next_set(from.div_ceil(BLOCK))?;
+        let mut end = first + 1;
+        while end * BLOCK < self.size && self.holds(end) {
+            end += 1;
+        }
+        let start = first * BLOCK;
+        (start < self.size).then(|| (start, (end * BLOCK).min(self.size) - start))
     }
 
     /// Cut a range into runs that lie in one file: (offset, length, held).

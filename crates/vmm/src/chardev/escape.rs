@@ -13,6 +13,7 @@ Ctrl-A x    stop the machine and leave\r\n\
 Ctrl-A p    press the power button (asks the guest to shut down)\r\n\
 Ctrl-A r    reset the machine\r\n\
 Ctrl-A l    pull the network cable, or plug it in again\r\n\
+Ctrl-A s    save the machine to a file and leave (--save names the file)\r\n\
 Ctrl-A a    send Ctrl-A to the guest\r\n";
 
 /// An order from the terminal.
@@ -26,6 +27,8 @@ pub enum Command {
     Reset,
     /// Pull the network cables, or plug them in again.
     ToggleLink,
+    /// Save the state and stop.
+    Save,
 }
 
 /// Filters the escape key out of what is typed.
@@ -58,6 +61,7 @@ impl Escape {
                 b'p' | b'P' => (self.on_command)(Command::PowerButton),
                 b'r' | b'R' => (self.on_command)(Command::Reset),
                 b'l' | b'L' => (self.on_command)(Command::ToggleLink),
+                b's' | b'S' => (self.on_command)(Command::Save),
                 b'a' | b'A' | ESCAPE => out.push(ESCAPE),
                 // Any other letter asks for help rather than being lost.
                 _ => drop(self.output.write(HELP.as_bytes())),

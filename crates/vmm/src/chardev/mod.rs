@@ -14,7 +14,7 @@ pub use output::Output;
 use crate::config::Serial;
 use input::{Reader, Source};
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek as _};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -110,13 +110,15 @@ impl Chardev {
         Ok(())
     }
 
-    /// The machine is about to run: a file that stands here loses its former content, and stays.
+    /// The machine is about to run: a file that stands here loses its former content, or if `append` is written on at its end, and stays.
     ///
     /// # Errors
     /// When the file cannot be emptied.
-    pub fn commit(&mut self) -> io::Result<()> {
+    pub fn commit(&mut self, append: bool) -> io::Result<()> {
         if let Some((file, fresh)) = &mut self.file {
-            if file.metadata()?.is_file() {
+            if append {
+                file.seek(io::SeekFrom::End(0))?;
+            } else if file.metadata()?.is_file() {
                 file.set_len(0)?;
             }
             *fresh = None;
@@ -184,10 +186,15 @@ mod tests {
         assert!(!new.exists());
         for path in [&old, &new] {
             let mut dev = open(path);
-            dev.commit().unwrap();
+            dev.commit(false).unwrap();
             dev.output().write(b"now");
             drop(dev);
             assert_eq!(std::fs::read(path).unwrap(), b"now");
+            let mut dev = open(path);
+            dev.commit(true).unwrap();
+            dev.output().write(b" and then");
+            drop(dev);
+            assert_eq!(std::fs::read(path).unwrap(), b"now and then");
         }
         std::fs::remove_dir_all(&dir).unwrap();
     }

@@ -1,1 +1,0 @@
-//! Short guests on the host's own KVM.
