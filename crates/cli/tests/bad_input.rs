@@ -227,7 +227,6 @@ fn options() {
     p.refuses_options(&["stray"], &["stray"]);
     p.refuses_options(&["--cmdline"], &["--cmdline"]);
     p.refuses_options(&["--accel", "hvf"], &["hvf", "give auto, kvm or soft"]);
-    p.refuses_options(&["--accel", "kvm"], &["--accel", "soft"]);
     networks(&p);
     p.refuses_options(&["--name", "a/b"], &["--name", "without control characters"]);
     p.refuses_options(&["--name", ""], &["--name", "give 1 to 64"]);

@@ -9,9 +9,11 @@
 #![forbid(unsafe_code)]
 
 mod debug;
+mod eventfd;
 mod state;
 
 pub use debug::{DebugRequest, DebugStop, DebugVcpu, Watch, WatchKind};
+pub use eventfd::{Doorbell, DoorbellAddress, EventFds};
 pub use ringfort_x86::cpuid::CpuidTable;
 pub use state::{CpuEvents, CpuState, MpState, PendingException};
 
@@ -56,6 +58,10 @@ pub struct Capabilities {
     pub tsc_khz: u32,
     /// CPUID as the engine can at most offer it: host features that it implements.
     pub cpuid: CpuidTable,
+    /// KVM's paravirtual features that the engine has: CPUID leaf 4000_0001h EAX.
+    pub paravirt: u32,
+    /// Input clock of the local APICs' timers, in kHz.
+    pub apic_khz: u32,
 }
 
 /// An engine, opened.
@@ -97,6 +103,22 @@ pub trait Vm: Send + Sync {
     fn set_paravirt_clock(&self, ns: u64);
     /// Begin or end logging of the guest's writes; the log itself is the memory's trackers.
     fn set_dirty_logging(&self, on: bool);
+    /// Bring what the engine or host logged by itself into the memory's trackers. To be called before they are taken.
+    ///
+    /// # Errors
+    /// When the host cannot tell; the log is then not to be relied on.
+    fn sync_dirty_log(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+    /// Pin `pin` of the I/O APIC sends this message from now on, unless `masked`. For engines whose local APICs must know which vectors'
+    /// EOIs to report.
+    fn ioapic_route(&self, pin: u8, address: u64, data: u32, masked: bool) {
+        let _ = (pin, address, data, masked);
+    }
+    /// Event descriptors, where the engine's host can serve them.
+    fn eventfds(&self) -> Option<&dyn EventFds> {
+        None
+    }
     /// Counters of the engine, by name, for statistics output.
     fn statistics(&self) -> Vec<(String, u64)> {
         Vec::new()

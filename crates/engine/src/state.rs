@@ -31,6 +31,8 @@ pub struct PendingException {
 pub struct CpuEvents {
     /// Raised and not yet delivered.
     pub exception: Option<PendingException>,
+    /// An external interrupt that the APIC or 8259 has handed over (it is in service there) and that is not yet delivered.
+    pub interrupt: Option<u8>,
     /// Interrupts are held off for one instruction after STI.
     pub sti_shadow: bool,
     /// Interrupts and debug traps are held off for one instruction after MOV SS or POP SS.

@@ -6,6 +6,7 @@
 
 pub mod chardev;
 pub mod config;
+mod engine;
 mod error;
 mod lines;
 mod log;

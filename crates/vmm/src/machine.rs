@@ -1,6 +1,6 @@
 //! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
 
-use crate::config::{Accel, Disk, DiskFormat, Tier, VmConfig};
+use crate::config::{Disk, DiskFormat, VmConfig};
 use crate::error::VmmError;
 use crate::lines::{self, Hold, Lines, Room};
 use crate::net::Card;
@@ -13,7 +13,6 @@ use ringfort_devices::pci::PciFunction;
 use ringfort_devices::power::PowerSink;
 use ringfort_devices::{debug_exit, debugcon};
 use ringfort_engine::{EngineError, Hypervisor, Vcpu, Vm};
-use ringfort_engine_soft::vcpu::Tier as SoftTier;
 use ringfort_machine_pc::boot::{Entry, ImageFile, Module};
 use ringfort_machine_pc::layout::Layout;
 use ringfort_machine_pc::{Identity, Pc, PcConfig, PcError, SerialPort};
@@ -76,14 +75,13 @@ impl Machine {
         report: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
         say: &mut dyn FnMut(&str),
     ) -> Result<Machine, VmmError> {
-        let engine = open_engine(config.accel, config.tier, say)?;
+        let engine = crate::engine::open(config, say)?;
         let mut cpus = describe_cpus(config, engine.as_ref(), say)?;
         let offered = engine.capabilities();
         let cpuid: Vec<CpuidTable> = match saved {
             None => apic_ids(&cpus).map(|id| cpus.table(id)).collect(),
             Some(s) => {
-                let tables =
-                    s.cpuid(engine.name(), offered, ringfort_engine_soft::vcpu::paravirt_features())?;
+                let tables = s.cpuid(engine.name(), offered)?;
                 if let Some(l) = tables.first().and_then(|t| t.find(0x8000_0008, 0)) {
                     cpus.set_physical_bits(l.eax & 0xff);
                 }
@@ -293,23 +291,6 @@ fn apic_ids(cpus: &CpuBuilder) -> impl Iterator<Item = u32> {
     (0..topology.cpus()).map(move |n| topology.apic_id(n))
 }
 
-fn open_engine(accel: Accel, tier: Tier, say: &mut dyn FnMut(&str)) -> Result<Box<dyn Hypervisor>, VmmError> {
-    let tier = match tier {
-        Tier::Interp => SoftTier::Interpret,
-        Tier::Translate => SoftTier::Translate,
-    };
-    if accel == Accel::Kvm {
-        return Err(VmmError::Accel(
-            "this version runs guests on the software engine only; give soft or auto".into(),
-        ));
-    }
-    let engine = ringfort_engine_soft::vcpu::open(tier).map_err(|e| VmmError::Accel(e.to_string()))?;
-    if accel == Accel::Auto {
-        say("engine: soft (this version has no KVM engine)");
-    }
-    Ok(Box::new(engine))
-}
-
 fn describe_cpus(
     config: &VmConfig,
     engine: &dyn Hypervisor,
@@ -318,10 +299,10 @@ fn describe_cpus(
     let spec: CpuSpec = config.cpu.parse().map_err(|e: SpecError| VmmError::Cpu(e.to_string()))?;
     let offered = engine.capabilities();
     let leaves = HypervisorLeaves {
-        features: ringfort_engine_soft::vcpu::paravirt_features(),
+        features: offered.paravirt,
         hints: 0,
         tsc_khz: offered.tsc_khz,
-        apic_khz: (ringfort_engine_soft::apic::TIMER_HZ / 1000) as u32,
+        apic_khz: offered.apic_khz,
     };
     let (cpus, dropped) = CpuBuilder::new(&spec, &offered.cpuid, Topology::flat(config.cpus), leaves);
     if !dropped.requested.is_empty() {

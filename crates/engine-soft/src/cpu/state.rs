@@ -77,6 +77,7 @@ impl Cpu {
             apic: self.save_apic(),
             events: CpuEvents {
                 exception: None,
+                interrupt: None,
                 sti_shadow: self.shadow == Shadow::Sti,
                 mov_ss_shadow: self.shadow == Shadow::MovSs,
                 nmi_pending: requests & request::NMI != 0,
@@ -244,6 +245,9 @@ impl Cpu {
                 address: self.cr2,
                 non_canonical: false,
             });
+        }
+        if let Some(vector) = s.events.interrupt {
+            self.deliver_interrupt(vector, super::InterruptKind::Hardware);
         }
         Ok(())
     }

@@ -2,7 +2,8 @@
 //! Documentation/virt/kvm/x86/{cpuid,msr,hypercalls}.rst).
 //!
 //! Offered: the clock (a page from which the guest computes nanoseconds by its TSC), PV EOI, HLT polling control, and the hypercalls that
-//! send IPIs, wake a halted vCPU and yield. All of it acts only if the guest's CPUID declares it.
+//! send IPIs, wake a halted vCPU and yield. Steal time reads as none, and says of every vCPU that it runs; it is there so that a guest
+//! that was started under another engine can go on here. All of it acts only if the guest's CPUID declares it.
 
 use super::env::request;
 use super::time::clock_ns;
@@ -23,10 +24,14 @@ pub mod feature {
     pub const NOP_IO_DELAY: u32 = 1 << 1;
     /// Clock by the new MSR numbers.
     pub const CLOCKSOURCE2: u32 = 1 << 3;
+    /// Time that the vCPU wanted to run and could not is told in memory.
+    pub const STEAL_TIME: u32 = 1 << 5;
     /// End of interrupt by a flag in memory.
     pub const PV_EOI: u32 = 1 << 6;
     /// A halted vCPU can be woken by hypercall.
     pub const PV_UNHALT: u32 = 1 << 7;
+    /// TLBs of vCPUs that steal time says do not run are flushed when they next do.
+    pub const PV_TLB_FLUSH: u32 = 1 << 9;
     /// IPIs to many by hypercall.
     pub const PV_SEND_IPI: u32 = 1 << 11;
     /// HLT polling control.
@@ -45,8 +50,10 @@ pub fn paravirt_features() -> u32 {
     CLOCKSOURCE
         | NOP_IO_DELAY
         | CLOCKSOURCE2
+        | STEAL_TIME
         | PV_EOI
         | PV_UNHALT
+        | PV_TLB_FLUSH
         | PV_SEND_IPI
         | POLL_CONTROL
         | PV_SCHED_YIELD
@@ -85,6 +92,8 @@ pub struct Paravirt {
     /// The flag in memory says that the guest may skip the EOI of this interrupt in service.
     eoi_offered: bool,
     poll_control: u64,
+    /// MSR_KVM_STEAL_TIME: address and enable bit.
+    steal: u64,
     /// What the time page was last filled with.
     pub(super) clock_offset: u64,
 }
@@ -119,6 +128,7 @@ impl Cpu {
             msr::KVM_WALL_CLOCK_NEW | msr::KVM_SYSTEM_TIME_NEW => feature::CLOCKSOURCE2,
             msr::KVM_PV_EOI_EN => feature::PV_EOI,
             msr::KVM_POLL_CONTROL => feature::POLL_CONTROL,
+            msr::KVM_STEAL_TIME => feature::STEAL_TIME,
             _ => 0,
         };
         self.local.pv.has(needs)
@@ -126,8 +136,13 @@ impl Cpu {
 
     /// The paravirtual MSRs that hold state, for saving: those which the guest's CPUID declares.
     pub fn paravirt_msrs(&self) -> Vec<u32> {
-        let all =
-            [msr::KVM_WALL_CLOCK_NEW, msr::KVM_SYSTEM_TIME_NEW, msr::KVM_PV_EOI_EN, msr::KVM_POLL_CONTROL];
+        let all = [
+            msr::KVM_WALL_CLOCK_NEW,
+            msr::KVM_SYSTEM_TIME_NEW,
+            msr::KVM_STEAL_TIME,
+            msr::KVM_PV_EOI_EN,
+            msr::KVM_POLL_CONTROL,
+        ];
         all.into_iter().filter(|&n| self.paravirt_msr(n)).collect()
     }
 
@@ -139,6 +154,7 @@ impl Cpu {
             msr::KVM_WALL_CLOCK | msr::KVM_WALL_CLOCK_NEW => self.local.pv.wall_clock,
             msr::KVM_SYSTEM_TIME | msr::KVM_SYSTEM_TIME_NEW => self.local.pv.system_time,
             msr::KVM_PV_EOI_EN => self.local.pv.eoi,
+            msr::KVM_STEAL_TIME => self.local.pv.steal,
             _ => self.local.pv.poll_control,
         })
     }
@@ -165,6 +181,18 @@ impl Cpu {
                 if ok {
                     self.sync_pv_eoi();
                     self.local.pv.eoi = v;
+                }
+                ok
+            }
+            msr::KVM_STEAL_TIME => {
+                // 64-byte aligned; bit 0 enables, the others are reserved.
+                let ok = v & 0x3e == 0;
+                if ok {
+                    self.local.pv.steal = v;
+                    if v & 1 != 0 {
+                        // The byte "preempted": this vCPU runs, and its TLB holds nothing that was to be flushed.
+                        self.write_guest((v & !0x3f).wrapping_add(16), &[0]);
+                    }
                 }
                 ok
             }

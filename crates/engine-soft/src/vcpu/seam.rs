@@ -52,6 +52,8 @@ pub fn open(tier: Tier) -> Result<SoftHypervisor, EngineError> {
         software: true,
         tsc_khz: u32::try_from(clock.hz() / 1000).unwrap_or(u32::MAX),
         cpuid: crate::cpuid::offered().clone(),
+        paravirt: super::paravirt_features(),
+        apic_khz: (crate::apic::TIMER_HZ / 1000) as u32,
     };
     Ok(SoftHypervisor { tier, capabilities })
 }

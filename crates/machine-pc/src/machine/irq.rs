@@ -2,7 +2,7 @@
 
 use ringfort_bus::{IrqLine, MsiMessage, MsiSink, Shared, lock};
 use ringfort_devices::acpi_pm::AcpiPm;
-use ringfort_devices::ioapic::{IoApic, PINS};
+use ringfort_devices::ioapic::{IoApic, PINS, RouteListener};
 use ringfort_devices::line::{Fan, input};
 use ringfort_devices::pci::{LpcListener, WiredOr};
 use ringfort_devices::pic::Pic;
@@ -18,6 +18,14 @@ impl MsiSink for VmLink {
     fn send(&self, msg: MsiMessage) {
         if let Some(vm) = self.0.get() {
             vm.send_msi(msg.address, msg.data);
+        }
+    }
+}
+
+impl RouteListener for VmLink {
+    fn route_changed(&self, pin: u8, message: MsiMessage, masked: bool) {
+        if let Some(vm) = self.0.get() {
+            vm.ioapic_route(pin, message.address, message.data, masked);
         }
     }
 }

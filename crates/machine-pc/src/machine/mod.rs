@@ -299,7 +299,9 @@ impl Pc {
     /// Connect the engine's VM: interrupts go there from now on. Once only; later calls change nothing.
     pub fn connect(&self, vm: Arc<dyn Vm>) {
         // A second VM for one machine is a caller's slip that must not redirect the first one's interrupts.
-        let _ = self.vm.0.set(vm);
+        if self.vm.0.set(vm).is_ok() {
+            lock(&self.ioapic).set_listener(self.vm.clone());
+        }
     }
 
     /// Where message-signalled interrupts of devices go.

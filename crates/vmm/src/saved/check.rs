@@ -19,7 +19,6 @@ pub(super) fn cpuid<'a>(
     saved: &'a MachineState,
     engine: &str,
     offered: &Capabilities,
-    paravirt: u32,
 ) -> Result<&'a [CpuidTable], Unfit> {
     let available = FeatureSet::from_table(&offered.cpuid).or(&FeatureSet::of(MADE));
     for table in &saved.cpuid {
@@ -40,10 +39,10 @@ pub(super) fn cpuid<'a>(
             )));
         }
         let wants = table.find(0x4000_0001, 0).map_or(0, |l| l.eax);
-        if wants & !paravirt != 0 {
+        if wants & !offered.paravirt != 0 {
             return Err(Unfit(format!(
                 "its guest uses paravirtual features {:#x} (CPUID leaf 40000001h) that the engine {engine} lacks here",
-                wants & !paravirt
+                wants & !offered.paravirt
             )));
         }
     }

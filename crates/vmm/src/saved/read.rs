@@ -154,13 +154,8 @@ impl<R: Read> Saved<R> {
     ///
     /// # Errors
     /// [`VmmError::State`].
-    pub(crate) fn cpuid(
-        &self,
-        engine: &str,
-        offered: &Capabilities,
-        paravirt: u32,
-    ) -> Result<Vec<CpuidTable>, VmmError> {
-        match check::cpuid(&self.machine, engine, offered, paravirt) {
+    pub(crate) fn cpuid(&self, engine: &str, offered: &Capabilities) -> Result<Vec<CpuidTable>, VmmError> {
+        match check::cpuid(&self.machine, engine, offered) {
             Ok(tables) => Ok(tables.to_vec()),
             Err(Unfit(why)) => Err(self.fail(&why)),
         }

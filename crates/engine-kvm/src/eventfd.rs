@@ -1,0 +1,184 @@
+//! Interrupt routes, irqfds and ioeventfds.
+
+use crate::error::host;
+use crate::vm::{IOAPIC_PINS, VmShared, locked};
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1,
+};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use ringfort_engine::{Doorbell, DoorbellAddress, EngineError, EventFds};
+use std::collections::BTreeMap;
+use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
+use std::sync::Mutex;
+use vmm_sys_util::eventfd::EventFd;
+
+/// First route of an irqfd.
+const FIRST: u32 = IOAPIC_PINS;
+/// Routes that a VM can have (KVM_MAX_IRQ_ROUTES).
+const ROUTES: u32 = 4096;
+
+/// An MSI's address for KVM: bits 11:5 are the destination's bits 14:8 (the extension that guests are offered), which KVM takes in the
+/// upper half.
+pub(crate) fn msi_address(address: u64) -> (u32, u32) {
+    let extension = (address >> 5 & 0x7f) as u32;
+    ((address as u32) & !0xfe0, (address >> 32) as u32 | extension << 8)
+}
+
+fn entry(gsi: u32, (address, data): (u64, u32)) -> kvm_irq_routing_entry {
+    let (address_lo, address_hi) = msi_address(address);
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            msi: kvm_irq_routing_msi {
+                address_lo,
+                address_hi,
+                data,
+                __bindgen_anon_1: kvm_irq_routing_msi__bindgen_ty_1::default(),
+            },
+        },
+        ..Default::default()
+    }
+}
+
+#[derive(Default)]
+struct State {
+    /// Messages of the I/O APIC's pins: KVM reports EOIs of the level-triggered ones.
+    pins: [Option<(u64, u32)>; IOAPIC_PINS as usize],
+    /// Interrupts by route: their descriptor, and message if they have one.
+    interrupts: BTreeMap<u32, (EventFd, Option<(u64, u32)>)>,
+}
+
+/// The VM's interrupt routes.
+#[derive(Default)]
+pub(crate) struct Routes(Mutex<State>);
+
+impl Routes {
+    /// What pin `pin` of the I/O APIC sends. A masked pin keeps its route: its last interrupt may still be in service.
+    pub(crate) fn set_pin(&self, fd: &VmFd, pin: u8, address: u64, data: u32, masked: bool) {
+        let mut s = locked(&self.0);
+        let Some(route) = s.pins.get_mut(usize::from(pin)) else { return };
+        let new = match (masked, data & 0xff) {
+            // Never programmed, or no vector that an APIC takes.
+            (_, 0..16) => None,
+            (true, _) => return,
+            (false, _) => Some((address, data)),
+        };
+        if std::mem::replace(route, new) != new {
+            // What can fail is the host's memory; then a level-triggered interrupt comes once too few, and the guest times out.
+            let _ = s.apply(fd);
+        }
+    }
+}
+
+impl State {
+    fn apply(&self, fd: &VmFd) -> Result<(), EngineError> {
+        let pins = (0..).zip(self.pins).filter_map(|(n, m)| Some(entry(n, m?)));
+        let others = self.interrupts.iter().filter_map(|(&n, (_, m))| Some(entry(n, (*m)?)));
+        let entries: Vec<kvm_irq_routing_entry> = pins.chain(others).collect();
+        let routing = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| EngineError::Internal(format!("{} interrupt routes are too many", entries.len())))?;
+        fd.set_gsi_routing(&routing).map_err(host("setting interrupt routes"))
+    }
+}
+
+fn own(fd: BorrowedFd<'_>) -> Result<EventFd, EngineError> {
+    let owned = fd
+        .try_clone_to_owned()
+        .map_err(|source| EngineError::Host { what: "duplicating an eventfd".into(), source })?;
+    // SAFETY: the descriptor is owned and given away here.
+    Ok(unsafe { EventFd::from_raw_fd(owned.into_raw_fd()) })
+}
+
+fn no_such(interrupt: u32) -> EngineError {
+    EngineError::Internal(format!("there is no interrupt {interrupt}"))
+}
+
+fn address(a: DoorbellAddress) -> IoEventAddress {
+    match a {
+        DoorbellAddress::Port(p) => IoEventAddress::Pio(p.into()),
+        DoorbellAddress::Mmio(m) => IoEventAddress::Mmio(m),
+    }
+}
+
+/// Register or unregister a doorbell, whose width and value are types to the wrapper.
+macro_rules! doorbell {
+    ($vm:expr, $call:ident, $fd:expr, $d:expr) => {{
+        let at = address($d.address);
+        match ($d.value, $d.len) {
+            (Some(v), 1) => $vm.fd.$call($fd, &at, v as u8),
+            (Some(v), 2) => $vm.fd.$call($fd, &at, v as u16),
+            (Some(v), 4) => $vm.fd.$call($fd, &at, v as u32),
+            (Some(v), 8) => $vm.fd.$call($fd, &at, v),
+            (None, 0) => $vm.fd.$call($fd, &at, NoDatamatch),
+            _ => return Err(EngineError::Internal(format!("a doorbell cannot be {:?}", $d))),
+        }
+    }};
+}
+
+impl EventFds for VmShared {
+    fn add_doorbell(&self, doorbell: &Doorbell, fd: BorrowedFd<'_>) -> Result<(), EngineError> {
+        let fd = own(fd)?;
+        doorbell!(self, register_ioevent, &fd, doorbell).map_err(host("connecting a doorbell"))
+    }
+
+    fn remove_doorbell(&self, doorbell: &Doorbell, fd: BorrowedFd<'_>) -> Result<(), EngineError> {
+        let fd = own(fd)?;
+        doorbell!(self, unregister_ioevent, &fd, doorbell).map_err(host("disconnecting a doorbell"))
+    }
+
+    fn add_interrupt(&self, fd: BorrowedFd<'_>) -> Result<u32, EngineError> {
+        let fd = own(fd)?;
+        let mut s = locked(&self.routes.0);
+        let free = (FIRST..ROUTES).find(|n| !s.interrupts.contains_key(n));
+        let number = free.ok_or_else(|| EngineError::Internal("all interrupt routes are in use".into()))?;
+        s.interrupts.insert(number, (fd, None));
+        Ok(number)
+    }
+
+    fn set_message(&self, interrupt: u32, message: Option<(u64, u32)>) -> Result<(), EngineError> {
+        let mut s = locked(&self.routes.0);
+        let (_, old) = s.interrupts.get_mut(&interrupt).ok_or_else(|| no_such(interrupt))?;
+        let before = std::mem::replace(old, message);
+        if before == message {
+            return Ok(());
+        }
+        // Connected only while it has a message: what is written before that stays in the eventfd, and is sent then.
+        if before.is_some() && message.is_none() {
+            let (fd, _) = s.interrupts.get(&interrupt).ok_or_else(|| no_such(interrupt))?;
+            self.fd.unregister_irqfd(fd, interrupt).map_err(host("disconnecting an interrupt"))?;
+        }
+        s.apply(&self.fd)?;
+        if before.is_none() && message.is_some() {
+            let (fd, _) = s.interrupts.get(&interrupt).ok_or_else(|| no_such(interrupt))?;
+            self.fd.register_irqfd(fd, interrupt).map_err(host("connecting an interrupt"))?;
+        }
+        Ok(())
+    }
+
+    fn remove_interrupt(&self, interrupt: u32) -> Result<(), EngineError> {
+        self.set_message(interrupt, None)?;
+        locked(&self.routes.0).interrupts.remove(&interrupt).map(drop).ok_or_else(|| no_such(interrupt))
+    }
+
+    fn coalesce(&self, at: DoorbellAddress, len: u32) -> Result<(), EngineError> {
+        let mut on = locked(&self.coalescing);
+        self.fd.register_coalesced_mmio(address(at), len).map_err(host("queueing stores"))?;
+        *on = true;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn destinations_beyond_255_go_to_the_upper_half() {
+        assert_eq!(msi_address(0xfee0_5000), (0xfee0_5000, 0));
+        // Destination 0x105, logical, redirection hint.
+        assert_eq!(msi_address(0xfee0_502c), (0xfee0_500c, 1 << 8));
+        assert_eq!(msi_address(0x1_0000_0000 | 0xfee0_5000), (0xfee0_5000, 1));
+    }
+}

@@ -1,0 +1,1 @@
+//! Short guests on the host's own KVM.
