@@ -27,6 +27,9 @@ const MODULES: [&str; 10] = [
     "pvpanic_pci",
 ];
 
+/// The one without which a guest finds no disk.
+const NEEDED: &str = "virtio_blk.ko";
+
 /// Applets that the first program of the default guest calls.
 const APPLETS: [&str; 10] =
     ["sh", "mount", "insmod", "findfs", "sleep", "setsid", "switch_root", "cat", "ls", "dmesg"];
@@ -44,7 +47,7 @@ pub(crate) fn test_recipe() -> Recipe {
 /// Fill `entry` with the test guest.
 pub(crate) fn build_test(kernel: &Kernel, entry: &Path) -> Result<(), GuestError> {
     let init = INIT_TEST.replace("@READY@", TEST_READY);
-    write(kernel, &entry.join("initrd"), &init, |archive| {
+    write(kernel, &entry.join("initrd"), &init, &MODULES, NEEDED, |archive| {
         archive.file("etc/shrc", 0o644, format!("PS1='{TEST_PROMPT}'\n").as_bytes())
     })?;
     link_kernel(kernel, entry)
@@ -52,7 +55,7 @@ pub(crate) fn build_test(kernel: &Kernel, entry: &Path) -> Result<(), GuestError
 
 /// Fill `entry` with the default guest's kernel and initramfs.
 pub(crate) fn build_debian(kernel: &Kernel, entry: &Path) -> Result<(), GuestError> {
-    write(kernel, &entry.join("initrd"), INIT_DEBIAN, |archive| {
+    write(kernel, &entry.join("initrd"), INIT_DEBIAN, &MODULES, NEEDED, |archive| {
         APPLETS
             .iter()
             .filter(|a| **a != "sh")
@@ -62,27 +65,31 @@ pub(crate) fn build_debian(kernel: &Kernel, entry: &Path) -> Result<(), GuestErr
 }
 
 /// The entry gets the kernel as a file of its own, so that it stays whole whatever becomes of the kernel entry.
-fn link_kernel(kernel: &Kernel, entry: &Path) -> Result<(), GuestError> {
+pub(crate) fn link_kernel(kernel: &Kernel, entry: &Path) -> Result<(), GuestError> {
     let to = entry.join("vmlinuz");
     fs::hard_link(&kernel.vmlinuz, &to)
         .or_else(|_| fs::copy(&kernel.vmlinuz, &to).map(drop))
         .map_err(io_at("write", &to))
 }
 
-fn write(
+/// Write an initramfs to `to`: busybox, `wanted` modules and what they need, `init`, and what `more` adds. `needed` is the file name of a
+/// module that must be among them.
+pub(crate) fn write(
     kernel: &Kernel,
     to: &Path,
     init: &str,
+    wanted: &[&str],
+    needed: &str,
     more: impl FnOnce(&mut CpioWriter<BufWriter<File>>) -> io::Result<()>,
 ) -> Result<(), GuestError> {
-    let order = ModuleTree::scan(&kernel.modules)?.load_order(&MODULES)?;
+    let order = ModuleTree::scan(&kernel.modules)?.load_order(wanted)?;
     let mut modules = Vec::new();
     for path in &order {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         modules.push((name, fs::read(path).map_err(io_at("read", path))?));
     }
-    if !modules.iter().any(|(name, _)| name == "virtio_blk.ko") {
-        return Err(GuestError::Content("the kernel package has no uncompressed module virtio_blk".into()));
+    if !modules.iter().any(|(name, _)| name == needed) {
+        return Err(GuestError::Content(format!("the kernel package has no uncompressed {needed}")));
     }
     let busybox = fs::read(&kernel.busybox).map_err(io_at("read", &kernel.busybox))?;
     let file = File::create(to).map_err(io_at("create", to))?;

@@ -1,12 +1,13 @@
 //! The guests that `ringfort run` and the tests boot when nobody names a kernel: made from Debian's own packages,
 //! once, into the user's cache directory.
 //!
-//! Three entries live in the cache, each a folder named after the recipe that made it:
+//! Four entries live in the cache, each a folder named after the recipe that made it:
 //!
 //! | entry | files | made from |
 //! |---|---|---|
 //! | `kernel-…` | `vmlinuz`, `modules/`, `busybox` | `linux-image-cloud-amd64` and `busybox-static` |
 //! | `test-…` | `vmlinuz`, `initrd` | the kernel entry: busybox, virtio modules, a shell on the serial port |
+//! | `lab-…` | `vmlinuz`, `initrd` | the kernel entry: busybox, kvm-amd; see [`Lab`] |
 //! | `debian-…` | `vmlinuz`, `initrd`, `root.img` | the kernel entry and a Debian root file system |
 //!
 //! Packages come through the host's own apt (its sources, its keys, its proxy), with apt's state in a private
@@ -19,12 +20,14 @@ mod cache;
 mod cpio;
 mod disk;
 mod initramfs;
+mod lab;
 mod modules;
 mod tar;
 mod tool;
 
 pub use cache::cache_dir;
 pub use cpio::CpioWriter;
+pub use lab::{LAB, Lab, LabRun, ensure_lab};
 
 use std::path::{Path, PathBuf};
 
