@@ -1,7 +1,12 @@
 //! What a disk is to a device model.
 
+use crate::gate::Hold;
+use crate::node::Throttle;
 use crate::{SharedSlice, SharedSliceMut};
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 /// The unit of disk addresses in most protocols, in bytes.
 pub const SECTOR_SIZE: u64 = 512;
@@ -38,6 +43,41 @@ pub struct Status {
     pub offset: Option<u64>,
 }
 
+/// One piece of what [`BlockBackend::locate`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// Bytes of an open file, in memory, offset and length aligned to `align`.
+    File { fd: RawFd, offset: u64, len: u64, align: u64 },
+    /// Zeroes that lie nowhere.
+    Zeroes { len: u64 },
+}
+
+/// Where the bytes of a range lie, piece by piece, for whoever moves them without the back end's help. They stay there
+/// for as long as this value lives.
+#[derive(Default)]
+pub struct Located {
+    pub(crate) pieces: Vec<Piece>,
+    holds: Vec<Hold>,
+}
+
+impl Located {
+    /// The next `len` bytes lie in `file`, which stays open as long as the back end.
+    pub(crate) fn file(&mut self, file: &File, offset: u64, len: u64, align: u64) {
+        self.pieces.push(Piece::File { fd: file.as_raw_fd(), offset, len, align });
+    }
+
+    /// The next `len` bytes are zeroes; true.
+    pub(crate) fn zeroes(&mut self, len: u64) -> bool {
+        self.pieces.push(Piece::Zeroes { len });
+        true
+    }
+
+    /// Keep `hold` as long as this.
+    pub(crate) fn hold(&mut self, hold: Hold) {
+        self.holds.push(hold);
+    }
+}
+
 /// A disk. All calls may come from several threads at once; overlapping ones are not ordered among each other.
 ///
 /// Ranges are in bytes and need no alignment (aligned ones are faster). A range beyond [`size`](Self::size) is
@@ -66,6 +106,23 @@ pub trait BlockBackend: Send + Sync {
     fn try_read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<bool> {
         let _ = (bufs, offset);
         Ok(false)
+    }
+
+    /// Say where the bytes of a range lie, so that the caller can move them itself: for the kernel's asynchronous I/O.
+    /// False, and anything in `found`, if this cannot be said without waiting, or if more is to be done than to move
+    /// bytes. While the caller keeps `found`, it must not wait for other requests of the same back end.
+    ///
+    /// # Errors
+    /// As for [`read_at`](Self::read_at).
+    fn locate(&self, write: bool, offset: u64, len: u64, found: &mut Located) -> io::Result<bool> {
+        let _ = (write, offset, len, found);
+        Ok(false)
+    }
+
+    /// The limits of speed that this node stands for, and the disk below it, which knows none. Asynchronous users keep to
+    /// the limits themselves and use the disk below; the other calls here wait.
+    fn paced(&self) -> Option<(Arc<Throttle>, Arc<dyn BlockBackend>)> {
+        None
     }
 
     /// Whether writes only go to the host's page cache, so that short ones seldom wait.

@@ -5,8 +5,8 @@
 
 use crate::storage::FileStorage;
 use crate::{
-    BlockBackend, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, Status, check_range, gather, slice_of,
-    slice_of_mut, total, total_mut,
+    BlockBackend, Limits, Located, SECTOR_SIZE, SharedSlice, SharedSliceMut, Status, check_range, gather,
+    slice_of, slice_of_mut, total, total_mut,
 };
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -102,6 +102,14 @@ impl BlockBackend for Raw {
             return Ok(false);
         }
         self.storage.try_read(bufs, offset)
+    }
+
+    fn locate(&self, write: bool, offset: u64, len: u64, found: &mut Located) -> io::Result<bool> {
+        check_range(self.size(), offset, len)?;
+        if write && self.guarded && offset < SECTOR_SIZE {
+            return Ok(false);
+        }
+        Ok(self.storage.locate(write, offset, len, found))
     }
 
     fn writes_are_cached(&self) -> bool {

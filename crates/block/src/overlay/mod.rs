@@ -9,7 +9,7 @@ mod tests;
 
 use crate::storage::FileStorage;
 use crate::{
-    BlockBackend, BlockError, Limits, SharedSlice, SharedSliceMut, check_range, gather, slice_of,
+    BlockBackend, BlockError, Limits, Located, SharedSlice, SharedSliceMut, check_range, gather, slice_of,
     slice_of_mut, total, total_mut,
 };
 use std::fs::{File, OpenOptions};
@@ -258,6 +258,25 @@ impl BlockBackend for Overlay {
                 &part
             };
             if !(if held { self.top.try_read(target, at)? } else { self.base.try_read_at(target, at)? }) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads only: what is written has to be entered in the bitmap afterwards.
+    fn locate(&self, write: bool, offset: u64, len: u64, found: &mut Located) -> io::Result<bool> {
+        check_range(self.size, offset, len)?;
+        if write {
+            return Ok(false);
+        }
+        for (at, n, held) in self.runs(offset, len) {
+            let there = if held {
+                self.top.locate(false, at, n, found)
+            } else {
+                self.base.locate(false, at, n, found)?
+            };
+            if !there {
                 return Ok(false);
             }
         }

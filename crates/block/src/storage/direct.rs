@@ -5,11 +5,11 @@
 //! writes, so that a neighbour's bytes in the same block are not put back to what they were.
 
 use super::file::{read_fd, write_fd};
+use crate::gate::{Gate, Hold};
 use crate::{SharedSlice, SharedSliceMut, gather, scatter, slice_of, slice_of_mut, total, total_mut};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fs::File;
 use std::io;
-use std::sync::{PoisonError, RwLock};
 
 /// The largest aligned copy, in bytes: longer requests are done in pieces.
 const CHUNK: u64 = 256 << 10;
@@ -48,16 +48,21 @@ impl Drop for Bounce {
 /// Aligned access to a file opened with O_DIRECT, whose size is a multiple of `align`.
 pub struct Direct {
     align: u64,
-    order: RwLock<()>,
+    order: Gate,
 }
 
 impl Direct {
     pub fn new(align: u64) -> Direct {
-        Direct { align, order: RwLock::new(()) }
+        Direct { align, order: Gate::default() }
     }
 
     pub fn align(&self) -> u64 {
         self.align
+    }
+
+    /// Keep whoever reads, changes and writes blocks out, for a write of whole blocks; `None` while one is in.
+    pub fn share(&self) -> Option<Hold> {
+        self.order.try_share()
     }
 
     fn fits<'a>(&self, offset: u64, mut parts: impl Iterator<Item = (usize, usize)> + 'a) -> bool {
@@ -83,7 +88,7 @@ impl Direct {
 
     pub fn write(&self, file: &File, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
         if self.fits(offset, bufs.iter().map(|b| (b.addr(), b.len()))) {
-            let _shared = self.order.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = self.order.share();
             return write_fd(file, bufs, offset);
         }
         let (mut done, len) = (0, total(bufs));
@@ -94,10 +99,10 @@ impl Direct {
             let part = slice_of(bufs, done, want);
             if want == span {
                 gather(&part, area);
-                let _shared = self.order.read().unwrap_or_else(PoisonError::into_inner);
+                let _shared = self.order.share();
                 write_fd(file, &[SharedSlice::new(area)], at)?;
             } else {
-                let _alone = self.order.write().unwrap_or_else(PoisonError::into_inner);
+                let _alone = self.order.alone();
                 read_fd(file, &[SharedSliceMut::new(area)], at)?;
                 gather(&part, &mut area[head as usize..(head + want) as usize]);
                 write_fd(file, &[SharedSlice::new(area)], at)?;

@@ -2,7 +2,7 @@
 
 use super::direct::Direct;
 use super::lock::{self, Access, LockError};
-use crate::{BlockError, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, total, total_mut};
+use crate::{BlockError, Located, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, total, total_mut};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -196,6 +196,23 @@ impl FileStorage {
     /// Whether the host's page cache is bypassed.
     pub fn is_direct(&self) -> bool {
         self.direct.is_some()
+    }
+
+    /// Add to `found` that `len` bytes lie at `offset`, if they may be moved there by others than this type's own calls.
+    pub(crate) fn locate(&self, write: bool, offset: u64, len: u64, found: &mut Located) -> bool {
+        if check_range(self.len(), offset, len).is_err() || (write && self.read_only) {
+            return false;
+        }
+        let mut align = 1;
+        if let Some(d) = &self.direct {
+            align = d.align();
+            if write {
+                let Some(shared) = d.share() else { return false };
+                found.hold(shared);
+            }
+        }
+        found.file(&self.file, offset, len, align);
+        true
     }
 
     /// Fill `bufs` from `offset`, all inside the file.

@@ -137,7 +137,7 @@ impl Qcow2 {
         }
         let g = offset / cluster;
         {
-            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = self.gate.share();
             let mut m = self.wait_for_cluster(g);
             let (at, end) = m.packed.take().unwrap_or((0, 0));
             let room = end - at;

@@ -3,7 +3,7 @@
 use super::Qcow2;
 use super::meta::{COMPRESSED, COPIED, Entry, Meta, OFFSET, ZERO};
 use super::table::damaged;
-use crate::{SharedSlice, SharedSliceMut, scatter, slice_of, slice_of_mut, total, total_mut};
+use crate::{Located, SharedSlice, SharedSliceMut, scatter, slice_of, slice_of_mut, total, total_mut};
 use std::io;
 use std::sync::PoisonError;
 use std::sync::{MutexGuard, atomic::Ordering};
@@ -219,6 +219,47 @@ impl Qcow2 {
                 ExtentKind::Compressed(_) => false,
             };
             if !ready {
+                return Ok(false);
+            }
+            done += x.len;
+        }
+        Ok(true)
+    }
+
+    /// Say where the bytes of a range lie, if all of it is at hand and nothing in the tables has to change; the caller
+    /// shares the gate for as long as it uses the answer.
+    pub(super) fn locate_range(
+        &self,
+        write: bool,
+        offset: u64,
+        len: u64,
+        found: &mut Located,
+    ) -> io::Result<bool> {
+        let mut done = 0;
+        while done < len {
+            let (at, left) = (offset + done, len - done);
+            let x = {
+                let Ok(m) = self.meta.try_lock() else { return Ok(false) };
+                let Some(x) = self.extent(at, left, |g| Ok(m.entry_here(g)))? else { return Ok(false) };
+                if write {
+                    let clusters = at / self.shape.cluster..=(at + x.len - 1) / self.shape.cluster;
+                    let ours = |g| m.entry_here(g).is_some_and(|e| self.own(e)) && !m.inflight.contains(&g);
+                    if !matches!(x.kind, ExtentKind::Data(_)) || !clusters.into_iter().all(ours) {
+                        return Ok(false);
+                    }
+                }
+                x
+            };
+            let there = match x.kind {
+                ExtentKind::Data(host) => self.data_file().locate(write, host, x.len, found),
+                ExtentKind::Zero { .. } => found.zeroes(x.len),
+                ExtentKind::Below => match &self.backing {
+                    None => found.zeroes(x.len),
+                    Some(b) => at + x.len <= b.size() && b.locate(false, at, x.len, found)?,
+                },
+                ExtentKind::Compressed(_) => false,
+            };
+            if !there {
                 return Ok(false);
             }
             done += x.len;
@@ -605,7 +646,7 @@ impl Qcow2 {
         if size < old {
             // Clusters that go away become free; the rest of the last one must read as zeroes if the disk grows again.
             let edge = size.next_multiple_of(self.shape.cluster).min(old);
-            let gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let gate = self.gate.share();
             if size < edge {
                 self.zero_range(size, edge - size, false)?;
             }
@@ -618,7 +659,7 @@ impl Qcow2 {
         }
         {
             let _one = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
-            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            let _alone = self.gate.alone();
             let mut m = self.meta();
             let needed = m.header.l1_needed(size);
             if needed > super::header::MAX_L1 {
@@ -643,7 +684,7 @@ impl Qcow2 {
         // Nothing of a longer backing file may come to light.
         let below = self.backing.as_ref().map_or(0, |b| b.size()).min(size);
         if below > old {
-            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = self.gate.share();
             self.zero_range(old, below - old, false)?;
         }
         self.commit()

@@ -25,18 +25,19 @@ pub use create::{CreateOptions, create};
 pub use header::Header;
 pub use io_path::{Extent, ExtentKind};
 
+use crate::gate::Gate;
 use crate::storage::{FileStorage, StorageOptions};
 use crate::{
     BlockBackend, BlockError, ImageOptions, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, Status,
     check_range,
 };
-use crate::{total, total_mut};
+use crate::{Located, total, total_mut};
 use header::{AUTOCLEAR_RAW_DATA, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY};
 use meta::Meta;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use table::{Piece, write_pieces};
 
 /// Freed clusters that may wait for the next flush before a commit is made for them.
@@ -62,7 +63,7 @@ pub struct Qcow2 {
     size: AtomicU64,
     meta: Mutex<Meta>,
     settled: Condvar,
-    gate: RwLock<()>,
+    gate: Gate,
     committing: Mutex<()>,
     unpacked: compress::Cache,
     /// A commit is due although nobody asked for one: memory for tables or the list of freed clusters is full.
@@ -144,7 +145,7 @@ impl Qcow2 {
             size: AtomicU64::new(size),
             meta: Mutex::new(meta),
             settled: Condvar::new(),
-            gate: RwLock::new(()),
+            gate: Gate::default(),
             committing: Mutex::new(()),
             unpacked: compress::Cache::new(shape.cluster),
             overdue: AtomicBool::new(false),
@@ -261,7 +262,7 @@ impl Qcow2 {
 
     /// Lower the refcounts of clusters that no table on disk names any more, and give free ones back to the host.
     fn release(&self, pending: &[meta::Pending]) -> io::Result<()> {
-        let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+        let _alone = self.gate.alone();
         let mut m = self.meta();
         self.unpacked.clear();
         for &(first, count) in pending {
@@ -346,14 +347,24 @@ impl BlockBackend for Qcow2 {
 
     fn read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<()> {
         check_range(self.size(), offset, total_mut(bufs))?;
-        let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+        let _shared = self.gate.share();
         self.read_range(bufs, offset, total_mut(bufs))
     }
 
     fn try_read_at(&self, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Result<bool> {
         check_range(self.size(), offset, total_mut(bufs))?;
-        let Ok(_shared) = self.gate.try_read() else { return Ok(false) };
+        let Some(_shared) = self.gate.try_share() else { return Ok(false) };
         self.try_read_range(bufs, offset)
+    }
+
+    fn locate(&self, write: bool, offset: u64, len: u64, found: &mut Located) -> io::Result<bool> {
+        check_range(self.size(), offset, len)?;
+        if write && self.read_only {
+            return Ok(false);
+        }
+        let Some(shared) = self.gate.try_share() else { return Ok(false) };
+        found.hold(shared);
+        self.locate_range(write, offset, len, found)
     }
 
     fn writes_are_cached(&self) -> bool {
@@ -364,7 +375,7 @@ impl BlockBackend for Qcow2 {
         self.writable()?;
         check_range(self.size(), offset, total(bufs))?;
         {
-            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = self.gate.share();
             self.write_range(bufs, offset)?;
         }
         self.settle()
@@ -378,7 +389,7 @@ impl BlockBackend for Qcow2 {
         self.writable()?;
         check_range(self.size(), offset, len)?;
         {
-            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = self.gate.share();
             self.discard_range(offset, len)?;
         }
         self.settle()
@@ -388,7 +399,7 @@ impl BlockBackend for Qcow2 {
         self.writable()?;
         check_range(self.size(), offset, len)?;
         {
-            let _shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
+            let _shared = self.gate.share();
             self.zero_range(offset, len, unmap)?;
         }
         self.settle()

@@ -6,7 +6,6 @@ use super::meta::{COMPRESSED, COPIED, Entry, Meta, OFFSET, read_words, words_to_
 use super::table::{damaged, write_pieces};
 use crate::{SharedSlice, SharedSliceMut};
 use std::io;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 /// Largest snapshot table read, in bytes.
@@ -221,7 +220,7 @@ impl Qcow2 {
         let cluster = self.shape.cluster;
         let l1_offset;
         {
-            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            let _alone = self.gate.alone();
             let mut m = self.meta();
             let l1: Vec<u64> = m.l1.iter().map(|e| e & !COPIED).collect();
             let mut bytes = words_to_bytes(&l1);
@@ -295,7 +294,7 @@ impl Qcow2 {
         let l1 = self.snapshot_l1(&gone)?;
         self.replace_snapshots(&list, old_len)?;
         {
-            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            let _alone = self.gate.alone();
             let mut m = self.meta();
             self.adjust_tree(&mut m, &l1, -1)?;
             let clusters = (l1.len() as u64 * 8).div_ceil(self.shape.cluster).max(1);
@@ -337,7 +336,7 @@ impl Qcow2 {
         // All that the new table names is counted on disk before the header names it.
         self.commit()?;
         {
-            let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
+            let _alone = self.gate.alone();
             let mut m = self.meta();
             let old = std::mem::replace(&mut m.l1, l1);
             let (old_at, old_len) = (m.header.l1_offset, (old.len() as u64 * 8).div_ceil(cluster).max(1));
