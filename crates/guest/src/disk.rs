@@ -25,8 +25,9 @@ use crate::{
 pub(crate) const STEPS: usize = 3;
 
 /// Packages beyond the essential ones and apt.
-const PACKAGES: [&str; 10] = [
+const PACKAGES: [&str; 11] = [
     "systemd-sysv",
+    "systemd-resolved",
     "udev",
     "dbus",
     "kmod",
@@ -45,8 +46,28 @@ const INODES: &str = "65536";
 const ISSUE: &str = "\\S{PRETTY_NAME} on \\l, a guest of Ringfort.\n\
     Log in as root, no password. To leave: poweroff, or press Ctrl-A and then x.\n\n";
 
+/// All network cards: addresses by DHCP and router advertisements.
+const NETWORK: &str = "[Match]\nType=ether\nKind=!*\n\n[Network]\nDHCP=yes\n\n\
+    [DHCPv4]\nUseDomains=yes\n\n[IPv6AcceptRA]\nUseDomains=yes\n";
+
+/// Links: where, and to what.
+const LINKS: [(&str, &str); 5] = [
+    ("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf"),
+    ("etc/systemd/system/multi-user.target.wants/systemd-networkd.service", NETWORKD),
+    ("etc/systemd/system/dbus-org.freedesktop.network1.service", NETWORKD),
+    (
+        "etc/systemd/system/sockets.target.wants/systemd-networkd.socket",
+        "/lib/systemd/system/systemd-networkd.socket",
+    ),
+    (
+        "etc/systemd/system/multi-user.target.wants/systemd-resolved.service",
+        "/lib/systemd/system/systemd-resolved.service",
+    ),
+];
+const NETWORKD: &str = "/lib/systemd/system/systemd-networkd.service";
+
 /// Files that the guest gets, beyond what its packages bring.
-const FILES: [(&str, &str); 7] = [
+const FILES: [(&str, &str); 8] = [
     ("etc/hostname", "ringfort\n"),
     ("etc/hosts", "127.0.0.1 localhost\n127.0.1.1 ringfort\n::1 localhost ip6-localhost ip6-loopback\n"),
     ("etc/fstab", "# The initramfs mounts the root file system, from root= of the kernel command line.\n"),
@@ -54,6 +75,7 @@ const FILES: [(&str, &str); 7] = [
     ("etc/motd", ""),
     // Empty, not absent: each fresh boot makes itself an identity.
     ("etc/machine-id", ""),
+    ("etc/systemd/network/80-ethernet.network", NETWORK),
     ("etc/systemd/journald.conf.d/ringfort.conf", "[Journal]\nStorage=volatile\nRuntimeMaxUse=16M\n"),
 ];
 
@@ -80,7 +102,7 @@ const EXCLUDED: [&str; 6] = [
 /// The recipe of the default guest.
 pub(crate) fn recipe() -> Recipe {
     let text = format!(
-        "1 {RELEASE} {PACKAGES:?} {IMAGE_SIZE} {INODES} {FILES:?} {MASKED:?} {EXCLUDED:?} {DEFAULT_CMDLINE} {}",
+        "1 {RELEASE} {PACKAGES:?} {IMAGE_SIZE} {INODES} {FILES:?} {LINKS:?} {MASKED:?} {EXCLUDED:?} {DEFAULT_CMDLINE} {}",
         initramfs::debian_recipe_text()
     );
     Recipe { kind: "debian", text }
@@ -227,6 +249,14 @@ fn set_up(tree: &Path) -> Result<(), GuestError> {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_at("replace", &path)(e)),
             _ => fs::write(&path, text).map_err(io_at("write", &path))?,
         }
+    }
+    for (name, target) in LINKS {
+        let path = tree.join(name);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(io_at("create", parent))?;
+        }
+        let _ = fs::remove_file(&path);
+        symlink(target, &path).map_err(io_at("write", &path))?;
     }
     for unit in MASKED {
         let path = tree.join("etc/systemd/system").join(unit);

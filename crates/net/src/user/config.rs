@@ -103,6 +103,10 @@ impl UserConfig {
     pub fn gateway6(&self) -> Ipv6Addr {
         self.in_prefix6(2)
     }
+    /// The IPv6 address that DHCPv6 gives.
+    pub fn guest6(&self) -> Ipv6Addr {
+        self.in_prefix6(15)
+    }
     /// The IPv6 address of the DNS server.
     pub fn dns6(&self) -> Ipv6Addr {
         self.in_prefix6(3)

@@ -78,13 +78,18 @@ impl Common {
 
     /// Send a frame to the guest.
     pub fn push(&mut self, header: VnetHeader, frame: Vec<u8>) {
+        self.push_as(header, frame, false);
+    }
+
+    /// Send a frame to the guest; an urgent one may overtake others.
+    pub fn push_as(&mut self, header: VnetHeader, frame: Vec<u8>, urgent: bool) {
         if let Some(d) = &mut self.dump
             && d.frame(&frame).is_err()
         {
             // A full disk ends the capture, not the network.
             self.dump = None;
         }
-        self.notify |= lock(&self.output).push(header, frame);
+        self.notify |= lock(&self.output).push(header, frame, urgent);
     }
 
     /// Send a whole UDP datagram to the guest.
@@ -407,6 +412,7 @@ impl Stack {
                 self.tcp.accept(&mut self.common, l, *to);
             }
         }
+        self.tcp.sweep(now);
         self.datagrams.tick(now);
         self.fragments.tick(now);
     }
