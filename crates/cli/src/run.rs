@@ -78,6 +78,7 @@ Networks (--net):
            host-loopback=on      10.0.2.2 leads to the host's own loopback;  hostalias=ADDR does so at ADDR
            net=CIDR  host=ADDR  dns=ADDR  dhcpstart=ADDR  ipv6=off  ipv6-prefix=PREFIX::/64
            hostname=NAME  domainname=NAME  dnssearch=NAME (may be repeated)
+           tftp=FOLDER  bootfile=NAME   for guests that boot from the network
            dump=FILE             record all frames for Wireshark or tcpdump
   none   no network card
   For all: mac=52:54:00:12:34:56  mtu=N  model=virtio-net

@@ -1,7 +1,7 @@
 //! Building Ethernet, IP and transport headers. (Reading them: the checked types of `smoltcp::wire`.)
 
 use crate::VnetHeader;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr};
 
 /// Bytes of an Ethernet header.
 pub const ETH: usize = 14;
@@ -144,40 +144,30 @@ pub fn finish(
     VnetHeader::default()
 }
 
-/// A UDP datagram, in as many frames as `mtu` asks for; `id` numbers its fragments.
-pub fn udp(
-    macs: (Mac, Mac),
-    src: SocketAddr,
-    dst: SocketAddr,
-    data: &[u8],
-    mtu: usize,
-    id: u32,
-) -> Vec<Vec<u8>> {
-    let path = Path { from: macs.0, to: macs.1, src: src.ip(), dst: dst.ip() };
-    let mut frame = Vec::with_capacity(ETH + 48 + data.len());
-    let start = ip(&mut frame, &path, UDP, 8 + data.len());
-    frame.extend_from_slice(&src.port().to_be_bytes());
-    frame.extend_from_slice(&dst.port().to_be_bytes());
+/// A UDP datagram into an empty frame, of any length; its checksum is left to the receiver if `partial`.
+pub fn udp(frame: &mut Vec<u8>, path: &Path, ports: (u16, u16), data: &[u8], partial: bool) -> VnetHeader {
+    frame.reserve(ETH + 48 + data.len());
+    let start = ip(frame, path, UDP, 8 + data.len());
+    frame.extend_from_slice(&ports.0.to_be_bytes());
+    frame.extend_from_slice(&ports.1.to_be_bytes());
     frame.extend_from_slice(&((8 + data.len()) as u16).to_be_bytes());
     frame.extend_from_slice(&[0, 0]);
     frame.extend_from_slice(data);
-    finish(&mut frame, &path, UDP, start, 6, false);
-    if frame.len() - ETH <= mtu {
-        return vec![frame];
-    }
-    // Fragments: offsets count in units of 8 bytes (RFC 791, RFC 8200 section 4.5).
-    let headers = start - ETH + if path.src.is_ipv6() { 8 } else { 0 };
+    finish(frame, path, UDP, start, 6, partial)
+}
+
+/// Frames with the parts of an UDP packet that is longer than `mtu` allows; `id` numbers them.
+pub fn fragments(path: &Path, whole: &[u8], mtu: usize, id: u32) -> impl Iterator<Item = Vec<u8>> {
+    // Offsets count in units of 8 bytes (RFC 791, RFC 8200 section 4.5).
+    let headers = if path.src.is_ipv6() { 48 } else { 20 };
     let room = mtu.saturating_sub(headers).max(8) & !7;
-    let whole = &frame[start..];
-    let mut parts = Vec::new();
-    for (n, piece) in whole.chunks(room).enumerate() {
+    whole.chunks(room).enumerate().map(move |(n, piece)| {
         let at = n * room;
         let mut f = Vec::with_capacity(ETH + 48 + piece.len());
-        ip_part(&mut f, &path, UDP, piece.len(), Some((id, at, at + piece.len() < whole.len())));
+        ip_part(&mut f, path, UDP, piece.len(), Some((id, at, at + piece.len() < whole.len())));
         f.extend_from_slice(piece);
-        parts.push(f);
-    }
-    parts
+        f
+    })
 }
 
 /// An ICMP message (either version); its checksum is filled in.

@@ -47,6 +47,10 @@ pub struct UserConfig {
     pub domain: Option<String>,
     /// Domains that names are looked up in, by DHCP.
     pub search: Vec<String>,
+    /// Files of this folder are served by TFTP at the router's address, for guests that boot from the network.
+    pub tftp: Option<PathBuf>,
+    /// The file that DHCP tells such a guest to load.
+    pub bootfile: Option<String>,
     /// Largest IP packet of the link.
     pub mtu: u16,
     /// Record all frames in this file.
@@ -69,6 +73,8 @@ impl Default for UserConfig {
             hostname: None,
             domain: None,
             search: Vec::new(),
+            tftp: None,
+            bootfile: None,
             mtu: 1500,
             dump: None,
         }
@@ -155,6 +161,10 @@ impl UserConfig {
         let least = if self.ipv6 { 1280 } else { 576 };
         if self.mtu < least {
             p.push(("mtu", format!("{} is too small; give {least} to 65535", self.mtu)));
+        }
+        // The field of a DHCP message has 128 bytes, one of them the final zero.
+        if self.bootfile.as_ref().is_some_and(|b| b.is_empty() || b.len() > 127 || b.contains('\0')) {
+            p.push(("bootfile", "give 1 to 127 bytes".into()));
         }
         let names = self.hostname.iter().chain(&self.domain).chain(&self.search);
         for n in names {

@@ -16,6 +16,11 @@ const MOST: usize = 4096;
 const IDLE: Duration = Duration::from_secs(180);
 /// The same for the name server's port, and for echoes.
 const IDLE_SHORT: Duration = Duration::from_secs(20);
+/// How long a name server may take before the next one is asked, and how many are.
+const DNS_PATIENCE: Duration = Duration::from_secs(2);
+const MOST_SERVERS: u32 = 4;
+/// Longest question that is kept for the next server.
+const MOST_QUERY: usize = 4096;
 /// Datagrams taken from one socket at a time.
 const BATCH: usize = 256;
 /// Longest datagram.
@@ -49,12 +54,23 @@ struct Flow {
     kind: Kind,
     socket: UdpSocket,
     last: Instant,
+    /// For a flow to a name server: which one, and what was asked last while it has not answered.
+    dns: Option<(SocketAddr, Option<Asked>)>,
+}
+
+/// A question to a name server.
+struct Asked {
+    query: Vec<u8>,
+    at: Instant,
+    /// Servers that had it.
+    tries: u32,
 }
 
 impl Flow {
     fn idle(&self) -> Option<Duration> {
         match self.kind {
-            Kind::Udp(UdpKey { only: Some(_), .. }) | Kind::Echo(..) => Some(IDLE_SHORT),
+            Kind::Udp(_) if self.dns.is_some() => Some(IDLE_SHORT),
+            Kind::Echo(..) => Some(IDLE_SHORT),
             Kind::Udp(_) => Some(IDLE),
             Kind::Forward(_) => None,
         }
@@ -108,7 +124,7 @@ impl Datagrams {
     pub fn forward(&mut self, c: &mut Common, socket: UdpSocket, to: SocketAddr) -> io::Result<u64> {
         let id = c.new_id();
         c.watch_level(socket.as_raw_fd(), id)?;
-        self.flows.insert(id, Flow { kind: Kind::Forward(to), socket, last: Instant::now() });
+        self.flows.insert(id, Flow { kind: Kind::Forward(to), socket, last: Instant::now(), dns: None });
         Ok(id)
     }
 
@@ -125,7 +141,7 @@ impl Datagrams {
             Kind::Echo(key, _) => drop(self.echo.insert(key, id)),
             Kind::Forward(_) => {}
         }
-        self.flows.insert(id, Flow { kind, socket, last: Instant::now() });
+        self.flows.insert(id, Flow { kind, socket, last: Instant::now(), dns: None });
         Some(id)
     }
 
@@ -162,10 +178,39 @@ impl Datagrams {
                 id
             }
         };
-        if let Some(f) = self.flows.get_mut(&id) {
-            f.last = Instant::now();
-            let _ = if only.is_some() { f.socket.send(data) } else { f.socket.send_to(data, real) };
+        let Some(f) = self.flows.get_mut(&id) else { return };
+        f.last = Instant::now();
+        if c.is_dns(to.ip()) {
+            let server = f.dns.as_ref().map_or(real, |(s, _)| *s);
+            let asked = Asked { query: data.to_vec(), at: f.last, tries: 1 };
+            f.dns = Some((server, (data.len() <= MOST_QUERY).then_some(asked)));
         }
+        let sent = if only.is_some() { f.socket.send(data) } else { f.socket.send_to(data, real) };
+        // Other losses are UDP's nature.
+        if sent.is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
+            self.ask_next(c, id);
+        }
+    }
+
+    /// The name server of a flow does not answer: ask the next one.
+    fn ask_next(&mut self, c: &mut Common, id: u64) {
+        let Some(f) = self.flows.get_mut(&id) else { return };
+        let Some((server, Some(asked))) = &mut f.dns else { return };
+        asked.tries += 1;
+        if !c.resolver.failed(*server) || asked.tries > MOST_SERVERS {
+            f.dns = Some((*server, None));
+            return;
+        }
+        let Some(next) = c.resolver.address() else { return };
+        let Ok(socket) = udp_socket(next, true) else { return };
+        if c.watch_level(socket.as_raw_fd(), id).is_err() {
+            return;
+        }
+        asked.at = Instant::now();
+        *server = next;
+        // The old one leaves the poll set as it closes.
+        f.socket = socket;
+        let _ = f.socket.send(&asked.query);
     }
 
     /// An echo request of the guest; other ICMP messages are not for us.
@@ -218,10 +263,17 @@ impl Datagrams {
             let (n, peer) = match f.socket.recv_from(&mut self.buffer) {
                 Ok(got) => got,
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(e) if e.kind() == ErrorKind::ConnectionRefused && f.dns.is_some() => {
+                    self.ask_next(c, id);
+                    return true;
+                }
                 // What a former datagram met; the next call has the next datagram.
                 Err(_) => continue,
             };
             f.last = Instant::now();
+            if let Some((_, asked)) = &mut f.dns {
+                *asked = None;
+            }
             let data = &self.buffer[..n];
             match f.kind {
                 Kind::Udp(key) => {
@@ -246,7 +298,10 @@ impl Datagrams {
     }
 
     /// Give up what was idle for too long.
-    pub fn tick(&mut self, now: Instant) {
+    pub fn tick(&mut self, c: &mut Common, now: Instant) {
+        let waits = |f: &Flow| matches!(&f.dns, Some((_, Some(a))) if now.saturating_duration_since(a.at) > DNS_PATIENCE);
+        let silent: Vec<u64> = self.flows.iter().filter(|(_, f)| waits(f)).map(|(&id, _)| id).collect();
+        silent.into_iter().for_each(|id| self.ask_next(c, id));
         let old = |f: &Flow| f.idle().is_some_and(|i| now.saturating_duration_since(f.last) > i);
         let gone: Vec<u64> = self.flows.iter().filter(|(_, f)| old(f)).map(|(&id, _)| id).collect();
         gone.into_iter().for_each(|id| self.remove(id));

@@ -1,7 +1,6 @@
-//! DHCP server for one guest (RFC 2131, RFC 2132), and DHCPv6 for what router advertisements do not tell (RFC 8415).
+//! DHCP server for one guest (RFC 2131, RFC 2132).
 
 use super::config::UserConfig;
-use crate::wire::Mac;
 use std::net::Ipv4Addr;
 
 const COOKIE: [u8; 4] = [99, 130, 83, 99];
@@ -83,6 +82,13 @@ pub fn answer(config: &UserConfig, request: &[u8]) -> Option<Answer> {
         }
         m[20..24].copy_from_slice(&config.gateway.octets());
     }
+    if reply != NAK
+        && let Some(file) = &config.bootfile
+    {
+        // Next server, and the file, which is longest where it always stands (RFC 2131 section 2).
+        m[20..24].copy_from_slice(&config.gateway.octets());
+        m[108..108 + file.len()].copy_from_slice(file.as_bytes());
+    }
     let mut put = |code: u8, value: &[u8]| {
         if let Ok(len) = u8::try_from(value.len()) {
             m.extend_from_slice(&[code, len]);
@@ -101,6 +107,10 @@ pub fn answer(config: &UserConfig, request: &[u8]) -> Option<Answer> {
             put(6, &config.dns.octets());
         }
         put(26, &config.mtu.to_be_bytes());
+        if let Some(file) = &config.bootfile {
+            put(66, config.gateway.to_string().as_bytes());
+            put(67, file.as_bytes());
+        }
         if let Some(name) = &config.hostname {
             put(12, name.as_bytes());
         }
@@ -131,39 +141,4 @@ pub fn names(list: &[String]) -> Vec<u8> {
         out.push(0);
     }
     out
-}
-
-/// Answer a DHCPv6 information request. Addresses come by router advertisements, so nothing else is answered.
-pub fn answer6(config: &UserConfig, request: &[u8], mac: &Mac) -> Option<Vec<u8>> {
-    const INFORMATION_REQUEST: u8 = 11;
-    if *request.first()? != INFORMATION_REQUEST || request.len() < 4 {
-        return None;
-    }
-    let mut m = vec![7, request[1], request[2], request[3]];
-    let mut put = |code: u16, value: &[u8]| {
-        m.extend_from_slice(&code.to_be_bytes());
-        m.extend_from_slice(&(value.len() as u16).to_be_bytes());
-        m.extend_from_slice(value);
-    };
-    // Server: a DUID of type 3, made of the link-layer address.
-    let mut duid = vec![0, 3, 0, 1];
-    duid.extend_from_slice(mac);
-    put(2, &duid);
-    // The client's own number goes back to it.
-    let mut rest = &request[4..];
-    while let Some((head, tail)) = rest.split_at_checked(4) {
-        let len = usize::from(u16::from_be_bytes([head[2], head[3]]));
-        let (value, more) = tail.split_at_checked(len)?;
-        if head[..2] == [0, 1] && len <= 130 {
-            put(1, value);
-        }
-        rest = more;
-    }
-    if !config.restrict {
-        put(23, &config.dns6().octets());
-    }
-    if !config.search.is_empty() {
-        put(24, &names(&config.search));
-    }
-    Some(m)
 }

@@ -6,6 +6,7 @@
 mod config;
 mod datagram;
 mod dhcp;
+mod dhcp6;
 mod fragments;
 mod neighbours;
 mod output;
@@ -14,11 +15,12 @@ mod stack;
 mod tcp;
 #[cfg(test)]
 mod tests;
+mod tftp;
 
 pub use config::{Forward, UserConfig};
 
 use crate::pcap::Pcap;
-use crate::{NetBackend, NetEvents, Offloads, Sent, VnetHeader};
+use crate::{MacAddr, NetBackend, NetEvents, Offloads, Sent, VnetHeader};
 use output::Output;
 use ringfort_bus::lock;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -93,13 +95,20 @@ pub struct UserNet {
 }
 
 impl UserNet {
-    /// Set the network up: ports are bound, a thread waits.
+    /// Set the network up: ports are bound, a thread waits. `guest` is the address of the guest's card; without it, nothing can be
+    /// sent to the guest before it has sent something itself.
     ///
     /// # Errors
     /// [`UserError`]; nothing is left behind.
-    pub fn new(config: UserConfig) -> Result<UserNet, UserError> {
+    pub fn new(config: UserConfig, guest: Option<MacAddr>) -> Result<UserNet, UserError> {
         if let Some((option, what)) = config.problems().into_iter().next() {
             return Err(UserError::Config { option, what });
+        }
+        if let Some(folder) = &config.tftp
+            && !folder.is_dir()
+        {
+            let what = format!("{} is no folder; name one that holds the files", folder.display());
+            return Err(UserError::Config { option: "tftp", what });
         }
         let dump = match &config.dump {
             Some(path) => Some(
@@ -113,7 +122,7 @@ impl UserNet {
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
         let output: Arc<Mutex<Output>> = Arc::default();
         let mtu = config.mtu;
-        let mut stack = Stack::new(config, output.clone(), epoll.clone(), dump);
+        let mut stack = Stack::new(config, output.clone(), epoll.clone(), dump, guest.map(MacAddr::bytes));
         let forwards = listen(&mut stack)?;
         crate::sys::raise_descriptor_limit();
         let inner = Arc::new(Inner {

@@ -90,8 +90,8 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
 /// A router advertisement: prefix, MTU, DNS server and domains.
 fn advertise(c: &mut Common, to: Option<Ipv6Addr>) {
-    // Hop limit 64; other configuration by DHCPv6; router for this long.
-    let mut m = vec![134, 0, 0, 0, 64, 0x40];
+    // Hop limit 64; an address and other configuration by DHCPv6, too; router for this long.
+    let mut m = vec![134, 0, 0, 0, 64, 0xc0];
     m.extend_from_slice(&(if c.config.restrict { 0 } else { LIFETIME as u16 }).to_be_bytes());
     m.extend_from_slice(&[0; 8]);
     m.extend_from_slice(&[1, 1]);

@@ -6,7 +6,8 @@ use super::fragments::Fragments;
 use super::output::Output;
 use super::resolver::Resolver;
 use super::tcp::Tcp;
-use super::{dhcp, neighbours};
+use super::tftp::Tftp;
+use super::{dhcp, dhcp6, neighbours};
 use crate::VnetHeader;
 use crate::pcap::Pcap;
 use crate::wire::{self, ICMP, ICMP6, Mac, Path, TCP, UDP};
@@ -37,7 +38,7 @@ pub enum Target {
 pub struct Common {
     pub config: UserConfig,
     pub mac: Mac,
-    /// The guest's address, once it has sent something.
+    /// The guest's address: its card's, or the one that it sent from last.
     pub guest_mac: Option<Mac>,
     /// The guest's own IPv6 addresses, the last used one.
     pub guest6: Option<Ipv6Addr>,
@@ -94,10 +95,27 @@ impl Common {
 
     /// Send a whole UDP datagram to the guest.
     pub fn push_udp(&mut self, from: SocketAddr, to: SocketAddr, data: &[u8]) {
-        let Some(guest_mac) = self.guest_mac else { return };
-        let id = fastrand::u32(..);
-        for f in wire::udp((self.mac, guest_mac), from, to, data, self.config.mtu.into(), id) {
-            self.push(VnetHeader::default(), f);
+        if let Some(guest_mac) = self.guest_mac {
+            self.push_udp_to(guest_mac, from, to, data);
+        }
+    }
+
+    /// As [`push_udp`](Self::push_udp), to a given Ethernet address.
+    pub fn push_udp_to(&mut self, mac: Mac, from: SocketAddr, to: SocketAddr, data: &[u8]) {
+        let path = Path { from: self.mac, to: mac, src: from.ip(), dst: to.ip() };
+        let (mut frame, offloads) = {
+            let mut out = lock(&self.output);
+            (out.buffer(), out.offloads)
+        };
+        let mtu = usize::from(self.config.mtu);
+        let headers = wire::ETH + 8 + if from.is_ipv4() { 20 } else { 40 };
+        let fits = headers + data.len() <= wire::ETH + mtu;
+        let header = wire::udp(&mut frame, &path, (from.port(), to.port()), data, fits && offloads.checksum);
+        if fits {
+            return self.push_as(header, frame, true);
+        }
+        for part in wire::fragments(&path, &frame[headers - 8..], mtu, fastrand::u32(..)) {
+            self.push_as(VnetHeader::default(), part, true);
         }
     }
 
@@ -115,6 +133,14 @@ impl Common {
             || self.config.is_local(ip)
             || matches!(ip, IpAddr::V6(a) if a.is_unicast_link_local());
         SocketAddr::new(if strange { self.gateway(guest.ip()) } else { ip }, peer.port())
+    }
+
+    /// Whether an address is the name server's.
+    pub fn is_dns(&self, a: IpAddr) -> bool {
+        match a {
+            IpAddr::V4(a) => a == self.config.dns,
+            IpAddr::V6(a) => a == self.config.dns6(),
+        }
     }
 
     /// Where a destination of the guest's leads.
@@ -182,6 +208,7 @@ pub struct Stack {
     pub datagrams: Datagrams,
     pub listeners: Vec<(u64, Listener)>,
     fragments: Fragments,
+    tftp: Tftp,
 }
 
 /// What one packet carries, IP headers removed.
@@ -198,12 +225,13 @@ impl Stack {
         output: Arc<Mutex<Output>>,
         epoll: Arc<Epoll>,
         dump: Option<Pcap>,
+        guest_mac: Option<Mac>,
     ) -> Stack {
         Stack {
             common: Common {
                 config,
                 mac: GATEWAY_MAC,
-                guest_mac: None,
+                guest_mac,
                 guest6: None,
                 output,
                 notify: false,
@@ -218,6 +246,7 @@ impl Stack {
             datagrams: Datagrams::default(),
             listeners: Vec::new(),
             fragments: Fragments::default(),
+            tftp: Tftp::default(),
         }
     }
 
@@ -291,9 +320,7 @@ impl Stack {
             let to = SocketAddr::new(a.to.unwrap_or(Ipv4Addr::BROADCAST).into(), 68);
             let mac = if a.to.is_some() { guest_mac } else { [0xff; 6] };
             let from = SocketAddr::new(c.config.gateway.into(), 67);
-            for f in wire::udp((c.mac, mac), from, to, &a.message, c.config.mtu.into(), 0) {
-                c.push(VnetHeader::default(), f);
-            }
+            c.push_udp_to(mac, from, to, &a.message);
         }
         true
     }
@@ -350,7 +377,7 @@ impl Stack {
             return false;
         }
         let c = &mut self.common;
-        if let Some(m) = dhcp::answer6(&c.config, udp.payload(), &c.mac) {
+        if let Some(m) = dhcp6::answer(&c.config, udp.payload(), &c.mac) {
             let from = SocketAddr::new(neighbours::link_local(&c.mac).into(), 547);
             c.push_udp(from, SocketAddr::new(packet.path.src, udp.src_port()), &m);
         }
@@ -374,6 +401,10 @@ impl Stack {
                 {
                     let from = SocketAddr::new(path.src, p.src_port());
                     let to = SocketAddr::new(path.dst, p.dst_port());
+                    let c = &mut self.common;
+                    if to.ip() == c.gateway(to.ip()) && self.tftp.datagram(c, from, to, p.payload()) {
+                        return;
+                    }
                     match header.gso {
                         // Several datagrams in one.
                         Some((crate::GsoKind::Udp, size)) => {
@@ -413,7 +444,8 @@ impl Stack {
             }
         }
         self.tcp.sweep(now);
-        self.datagrams.tick(now);
+        self.datagrams.tick(&mut self.common, now);
+        self.tftp.tick(&mut self.common, now);
         self.fragments.tick(now);
     }
 }

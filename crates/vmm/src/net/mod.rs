@@ -14,11 +14,9 @@ use std::sync::Arc;
 /// # Errors
 /// One line: what cannot be had and what to do. Nothing is left behind.
 pub fn open(nic: &Nic, mac: MacAddr, say: &mut dyn FnMut(&str)) -> Result<Arc<dyn NetBackend>, String> {
-    // Not every back end has a use for it.
-    let _ = mac;
     match &nic.link {
         Link::User(config) => {
-            let net = UserNet::new((**config).clone()).map_err(|e| e.to_string())?;
+            let net = UserNet::new((**config).clone(), Some(mac)).map_err(|e| e.to_string())?;
             for (f, at) in config.forwards.iter().zip(net.forwards()).filter(|(f, _)| f.host.port() == 0) {
                 let protocol = if f.udp { "udp" } else { "tcp" };
                 say(&format!("network: {protocol} {at} leads to the guest's port {}", f.guest.port()));

@@ -309,5 +309,5 @@ pub fn reset(c: &mut Common, pair: Pair, s: &Segment<'_>) {
     frame.extend_from_slice(&ack.to_be_bytes());
     frame.extend_from_slice(&[0x50, flags, 0, 0, 0, 0, 0, 0]);
     wire::finish(&mut frame, &path, TCP, start, 16, false);
-    c.push(VnetHeader { valid: true, ..VnetHeader::default() }, frame);
+    c.push_as(VnetHeader { valid: true, ..VnetHeader::default() }, frame, true);
 }

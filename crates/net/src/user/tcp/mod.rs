@@ -283,6 +283,12 @@ impl Tcp {
             }
             let failed = !matches!(f.stream.take_error(), Ok(None));
             if failed {
+                if c.is_dns(f.pair.far.ip())
+                    && let Some(server) = c.resolver.address()
+                {
+                    // The guest asks again.
+                    c.resolver.failed(server);
+                }
                 return self.fail(c, id);
             }
             // Woken without a result: a later event brings it.

@@ -12,7 +12,7 @@ fn everything_that_a_user_network_can_be_told() {
     let c = user(
         "user,host=10.9.0.9,net=10.9.0.0/16,ipv6=off,hostname=a,domainname=b.c,dnssearch=d,dnssearch=e.f,restrict,\
          hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=udp:[::1]:53-10.9.0.15:5353,hostfwd=::80-:8080,mtu=9000,dump=/x,,y,\
-         hostalias=10.9.0.7,host-loopback=off",
+         hostalias=10.9.0.7,tftp=/srv,bootfile=pxe.0,host-loopback=off",
     );
     assert_eq!(
         (c.gateway, c.dns, c.guest),

@@ -6,7 +6,7 @@ use ringfort_net::user::{Forward, UserConfig};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 const KNOWN: &str = "net, host, dns, dhcpstart, ipv6, ipv6-prefix, hostname, domainname, dnssearch, restrict, \
-    host-loopback, hostalias, hostfwd, dump";
+    host-loopback, hostalias, hostfwd, tftp, bootfile, dump";
 
 pub(super) fn options(c: &mut UserConfig, options: &[KeyValue<'_>]) -> Result<(), ParseError> {
     // The other addresses lie in that network, wherever it stands.
@@ -29,6 +29,8 @@ pub(super) fn options(c: &mut UserConfig, options: &[KeyValue<'_>]) -> Result<()
             "host-loopback" => c.host_loopback = o.switch()?,
             "hostalias" => c.host_alias = Some(o.parse("an IPv4 or IPv6 address")?),
             "hostfwd" => c.forwards.push(forward(o.need()?)?),
+            "tftp" => c.tftp = Some(o.need()?.into()),
+            "bootfile" => c.bootfile = Some(o.need()?.into()),
             "dump" => c.dump = Some(o.need()?.into()),
             _ => return Err(o.unknown("user", KNOWN)),
         }

@@ -1,5 +1,8 @@
 //! A guest with a TCP/IP implementation of its own (smoltcp's) behind the NAT.
 
+mod raw;
+mod services;
+
 use super::*;
 use crate::wire;
 use resolver::Resolver;
@@ -90,7 +93,7 @@ struct Guest {
 
 impl Guest {
     fn new(config: UserConfig) -> Guest {
-        let net = UserNet::new(config).expect("network");
+        let net = UserNet::new(config, None).expect("network");
         let (ring, bell) = channel();
         net.attach(Arc::new(Bell(Mutex::new(ring))));
         let mut card = Card { net, lose: 0, count: 0 };
@@ -408,8 +411,10 @@ fn a_port_that_is_taken_is_named() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("listen");
     let host = taken.local_addr().expect("address");
     let forwards = vec![Forward { udp: false, host, guest: "0.0.0.0:22".parse().unwrap() }];
-    let e =
-        UserNet::new(UserConfig { forwards, ..UserConfig::default() }).err().expect("an error").to_string();
+    let e = UserNet::new(UserConfig { forwards, ..UserConfig::default() }, None)
+        .err()
+        .expect("an error")
+        .to_string();
     assert!(e.contains(&host.to_string()) && e.contains("another port"), "{e}");
 }
 
@@ -439,7 +444,7 @@ fn names_are_looked_up_at_the_hosts_server() {
         }
     });
     let mut g = Guest::new(UserConfig::default());
-    lock(&g.inner().stack).common.resolver = Resolver::fixed(at);
+    lock(&g.inner().stack).common.resolver = Resolver::fixed(&[at]);
     let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 512], vec![0; 65536]);
     let mut s = udp::Socket::new(buffer(), buffer());
     s.bind(5353).expect("bind");
@@ -516,7 +521,10 @@ fn long_datagrams_come_and_go_in_fragments() {
     let to = SocketAddr::new(Ipv4Addr::new(10, 0, 2, 2).into(), server.local_addr().expect("address").port());
     let from: SocketAddr = "10.0.2.15:4000".parse().unwrap();
     let data = pattern(20_000);
-    let frames = wire::udp((MAC, stack::GATEWAY_MAC), from, to, &data, 1500, 7);
+    let path = wire::Path { from: MAC, to: stack::GATEWAY_MAC, src: from.ip(), dst: to.ip() };
+    let mut whole = Vec::new();
+    wire::udp(&mut whole, &path, (from.port(), to.port()), &data, false);
+    let frames: Vec<Vec<u8>> = wire::fragments(&path, &whole[wire::ETH + 20..], 1500, 7).collect();
     assert!(frames.len() > 13 && frames.iter().all(|f| f.len() <= 1514));
     // In any order.
     for f in frames.iter().rev() {

@@ -1,0 +1,158 @@
+//! A guest that speaks TCP by hand, to do what a well-behaved one does not.
+
+use super::*;
+use smoltcp::wire::{EthernetFrame, Ipv4Packet, TcpPacket};
+
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+
+struct Hand {
+    net: UserNet,
+    bell: Receiver<()>,
+}
+
+/// What a segment says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Segment {
+    ports: (u16, u16),
+    seq: u32,
+    ack: u32,
+    flags: u8,
+    data: Vec<u8>,
+}
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+
+impl Hand {
+    fn new(config: UserConfig) -> Hand {
+        let net = UserNet::new(config, Some(MacAddr::new(MAC).expect("an address"))).expect("network");
+        let (ring, bell) = channel();
+        net.attach(Arc::new(Bell(Mutex::new(ring))));
+        Hand { net, bell }
+    }
+
+    fn send(&self, ports: (u16, u16), seq: u32, ack: u32, flags: u8, data: &[u8]) {
+        let path = wire::Path {
+            from: MAC,
+            to: stack::GATEWAY_MAC,
+            src: GUEST.into(),
+            dst: Ipv4Addr::new(10, 0, 2, 2).into(),
+        };
+        let mut f = Vec::new();
+        let start = wire::ip(&mut f, &path, wire::TCP, 20 + data.len());
+        f.extend_from_slice(&ports.0.to_be_bytes());
+        f.extend_from_slice(&ports.1.to_be_bytes());
+        f.extend_from_slice(&seq.to_be_bytes());
+        f.extend_from_slice(&ack.to_be_bytes());
+        f.extend_from_slice(&[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+        f.extend_from_slice(data);
+        wire::finish(&mut f, &path, wire::TCP, start, 16, false);
+        assert_eq!(self.net.send(0, &VnetHeader::default(), &f), Sent::Done);
+        self.net.flush(0);
+    }
+
+    /// The next segment for the guest.
+    fn next(&self) -> Segment {
+        let mut f = Vec::new();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if self.net.receive(0, &mut f).is_none() {
+                assert!(Instant::now() < end, "no segment came");
+                let _ = self.bell.recv_timeout(Duration::from_millis(20));
+                continue;
+            }
+            let eth = EthernetFrame::new_checked(&f[..]).expect("a frame");
+            let Ok(ip) = Ipv4Packet::new_checked(eth.payload()) else { continue };
+            let Ok(t) = TcpPacket::new_checked(ip.payload()) else { continue };
+            let flag = |on, bit| if on { bit } else { 0 };
+            return Segment {
+                ports: (t.src_port(), t.dst_port()),
+                seq: t.seq_number().0 as u32,
+                ack: if t.ack() { t.ack_number().0 as u32 } else { 0 },
+                flags: flag(t.fin(), FIN) | flag(t.syn(), SYN) | flag(t.rst(), RST) | flag(t.ack(), ACK),
+                data: t.payload().to_vec(),
+            };
+        }
+    }
+}
+
+fn forwarded() -> (Hand, SocketAddr) {
+    let forward = Forward {
+        udp: false,
+        host: "127.0.0.1:0".parse().expect("an address"),
+        guest: "0.0.0.0:22".parse().expect("an address"),
+    };
+    let hand = Hand::new(UserConfig { forwards: vec![forward], ..UserConfig::default() });
+    let at = hand.net.forwards()[0];
+    (hand, at)
+}
+
+/// A client of the host's with a port that is the same each time.
+fn client(port: u16, to: SocketAddr) -> TcpStream {
+    let s = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    s.set_reuse_address(true).expect("reuse");
+    s.bind(&SocketAddr::new(Ipv4Addr::LOCALHOST.into(), port).into()).expect("its port");
+    s.connect(&to.into()).expect("connect");
+    s.into()
+}
+
+/// The guest closes first and is then in TIME-WAIT; the host's client comes again from the same port.
+#[test]
+fn a_client_of_the_same_port_gets_through_to_a_guest_in_time_wait() {
+    let (hand, at) = forwarded();
+    let port = Socket::new(Domain::IPV4, Type::STREAM, None)
+        .and_then(|s| s.bind(&"127.0.0.1:0".parse::<SocketAddr>().expect("an address").into()).map(|()| s))
+        .and_then(|s| s.local_addr())
+        .expect("a free port")
+        .as_socket()
+        .expect("an address")
+        .port();
+    let first = client(port, at);
+    let syn = hand.next();
+    assert_eq!((syn.flags, syn.ports), (SYN, (port, 22)));
+    let ports = (22, port);
+    hand.send(ports, 1000, syn.seq.wrapping_add(1), SYN | ACK, b"");
+    assert_eq!(hand.next().flags, ACK);
+    hand.send(ports, 1001, syn.seq.wrapping_add(1), FIN | ACK, b"");
+    let acknowledged = hand.next();
+    assert_eq!((acknowledged.flags, acknowledged.ack), (ACK, 1002));
+    // The client sees the end, and ends as well.
+    assert_eq!((&first).read(&mut [0; 4]).expect("the end"), 0);
+    drop(first);
+    let end = hand.next();
+    assert_eq!(end.flags, FIN | ACK);
+    hand.send(ports, 1002, end.seq.wrapping_add(1), ACK, b"");
+
+    let second = client(port, at);
+    let again = hand.next();
+    assert_eq!(again.flags, SYN);
+    let ahead = again.seq.wrapping_sub(end.seq);
+    assert!(ahead > 0 && ahead < 1 << 31, "a guest in TIME-WAIT takes only a number beyond the last");
+    // A guest that holds on to the old connection all the same acknowledges that; it is reset, and asked again at once.
+    hand.send(ports, 1002, end.seq.wrapping_add(1), ACK, b"");
+    let reset = hand.next();
+    assert_eq!((reset.flags, reset.seq), (RST, end.seq.wrapping_add(1)));
+    let third = hand.next();
+    assert_eq!((third.flags, third.seq), (SYN, again.seq));
+    hand.send(ports, 5000, third.seq.wrapping_add(1), SYN | ACK, b"");
+    assert_eq!(hand.next().flags, ACK);
+    hand.send(ports, 5001, third.seq.wrapping_add(1), ACK, b"hello");
+    let mut got = [0; 5];
+    (&second).read_exact(&mut got).expect("data");
+    assert_eq!(&got, b"hello");
+}
+
+/// A forwarded port is open before the guest's network is.
+#[test]
+fn a_client_waits_for_a_guest_that_has_not_spoken() {
+    let (hand, at) = forwarded();
+    let c = TcpStream::connect(at).expect("connect");
+    let (one, two) = (hand.next(), hand.next());
+    assert_eq!((one.flags, one.seq), (SYN, two.seq), "asked until it answers");
+    let ports = (22, one.ports.0);
+    hand.send(ports, 7, one.seq.wrapping_add(1), SYN | ACK, b"");
+    hand.send(ports, 8, one.seq.wrapping_add(1), ACK, b"x");
+    assert_eq!((&c).read(&mut [0; 4]).expect("data"), 1);
+}
