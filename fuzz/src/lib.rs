@@ -6,12 +6,14 @@
 
 mod boot;
 mod decode;
+mod network;
 mod options;
 mod pci;
 mod queue;
 
 pub use boot::boot_loader;
 pub use decode::decoder;
+pub use network::user_network;
 pub use options::options;
 pub use pci::pci_config;
 pub use queue::virtio_queue;
@@ -20,11 +22,12 @@ pub use queue::virtio_queue;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("boot_loader", boot_loader),
     ("decoder", decoder),
     ("options", options),
     ("pci_config", pci_config),
+    ("user_network", user_network),
     ("virtio_queue", virtio_queue),
 ];
 

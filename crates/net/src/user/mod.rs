@@ -291,8 +291,9 @@ impl Drop for UserNet {
         self.inner.stop.store(true, Ordering::SeqCst);
         self.inner.wake();
         if let Some(t) = self.thread.take() {
-            // A panic was reported by the thread itself.
-            let _ = t.join();
+            // A panic was reported by the thread itself; in tests it must not go unnoticed.
+            let ended = t.join().is_ok();
+            debug_assert!(ended || std::thread::panicking(), "the thread of user networking panicked");
         }
     }
 }
