@@ -56,6 +56,8 @@ fn not_state(n: u32) -> bool {
         // Counters (Intel SDM 3B chapter 20; AMD APM 2 section 13.2).
         | 0xc1..=0xc8 | 0x186..=0x18d | 0x309..=0x30c | 0x38d..=0x390 | 0x3f1 | 0x600 | 0xc001_0000..=0xc001_0007
         | 0xc001_0200..=0xc001_020b | 0xc000_0300..=0xc000_0302
+        // TSC ratio of nested guests, errata that the host's kernel works around.
+        | 0xc000_0104 | 0xc001_0140 | 0xc001_0141
         // VMX capabilities, SVM's host save area.
         | 0x480..=0x493 | 0xc001_0114..=0xc001_0117
         // Hyper-V.

@@ -36,6 +36,7 @@ pub(crate) struct KvmVcpu {
     /// TSC minus the host's, without what pauses have taken off; and what of those is in force.
     tsc_base: u64,
     shift: u64,
+    tsc_hz: u64,
     debug: DebugRequest,
     /// The state after power-on.
     initial: CpuState,
@@ -83,6 +84,7 @@ impl KvmVcpu {
         let mut vcpu = KvmVcpu {
             tsc_base: vm.time.first_offset(),
             shift: 0,
+            tsc_hz: u64::from(fd.get_tsc_khz().map_err(host("asking for the TSC's frequency"))?) * 1000,
             fd,
             apic_id,
             intel,

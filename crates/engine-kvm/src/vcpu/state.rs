@@ -289,7 +289,13 @@ impl KvmVcpu {
             self.fd.set_lapic(&lapic).map_err(refused("local APIC"))?;
         }
         if let Some(tsc) = value(IA32_TSC) {
-            self.tsc_base = tsc.wrapping_sub(self.vm.time.moment()).wrapping_sub(self.vm.time.shift());
+            let base = tsc.wrapping_sub(self.vm.time.moment()).wrapping_sub(self.vm.time.shift());
+            let behind = self.tsc_base.wrapping_sub(base);
+            // While time runs, a value that was read less than a second ago (a debugger writes a register back) moves nothing.
+            let read_back = self.vm.time.stopped_clock().is_none() && behind < self.tsc_hz;
+            if !read_back {
+                self.tsc_base = base;
+            }
         }
         self.apply_tsc_offset()?;
         if let Some(adjust) = value(IA32_TSC_ADJUST) {
