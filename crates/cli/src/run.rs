@@ -31,7 +31,7 @@ pub struct RunArgs {
     /// Number of vCPUs, 1 to 16
     #[arg(long, short, value_name = "N", default_value_t = 1)]
     cpus: u32,
-    /// A disk: path=FILE[,format=raw|qcow2][,readonly=on][,snapshot=on][,serial=TEXT][,queues=N]; may be repeated
+    /// A disk: path=FILE[,KEY=VALUE…]; may be repeated; the keys are listed below
     #[arg(long, value_name = "OPTIONS")]
     disk: Vec<Disk>,
     /// Engine: auto, kvm, soft, or soft,tier=interp (no translation; for debugging)
@@ -68,6 +68,7 @@ Keys:
   Ctrl-A x    stop the machine and leave        Ctrl-A h    help
   Ctrl-A p    press the power button            Ctrl-A r    reset
   Ctrl-A l    pull the network cable, or plug it in
+  Ctrl-A c    try again what failed on a disk, for a guest that stands because of it
   Ctrl-A s    save the machine and leave; `ringfort restore` goes on with it
 
 Networks (--net):
@@ -82,6 +83,22 @@ Networks (--net):
            dump=FILE             record all frames for Wireshark or tcpdump
   none   no network card
   For all: mac=52:54:00:12:34:56  mtu=N  model=virtio-net
+
+Keys of --disk, as QEMU's -drive has them (the first value is the default):
+  format=raw|qcow2        found out from the image if not given
+  readonly=off|on         the guest may not write
+  snapshot=off|on         what the guest writes is thrown away at the end
+  cache=writeback|none|writethrough|directsync|unsafe
+                          none: past the host's page cache; writethrough: every write is durable at once;
+                          unsafe: flushes are ignored
+  discard=ignore|unmap    give back to the host what the guest gives back
+  aio=io_uring|threads    io_uring where the host has it
+  queues=N  serial=TEXT   1 to 16 request queues; what the guest reads as serial number
+  bps=N  iops=N           limits per second, also bps_rd, bps_wr, iops_rd, iops_wr; with _max a burst rate, with
+                          _max_length its seconds; iops_size=N: bytes that count as one operation
+  werror=enospc|report|stop|ignore, rerror=report|stop|ignore
+                          when the host fails: tell the guest, or stop it until the host is mended; enospc stops it
+                          for want of space only, and it goes on by itself once there is some
 
 Exit status:
   0  the guest powered off, Ctrl-A x or s     3  the guest reset (--no-reboot)
@@ -207,7 +224,7 @@ fn default_guest(config: &mut VmConfig, cmdline: Option<String>, keep: bool) -> 
     let guest = ringfort_guest::ensure(&cache, &mut progress).map_err(|e| e.to_string())?;
     drop(progress);
     let path = if keep { kept_copy(&cache, &guest.disk)? } else { guest.disk };
-    let disk = Disk { path, format: None, readonly: false, snapshot: !keep, serial: None, queues: None };
+    let disk = Disk { snapshot: !keep, ..Disk::new(path) };
     config.disks.insert(0, disk);
     config.boot = Boot { kernel: guest.kernel, initrd: Some(guest.initrd), cmdline: guest.cmdline };
     if let Some(extra) = cmdline {

@@ -133,7 +133,22 @@ pub trait VirtioDevice: Send + Sync {
         Ok(Quick::Later)
     }
 
-    /// Forget what the driver told; no queue is being served.
+    /// Give the driver what was finished since the last look: called whenever the queue is kicked, also while the machine
+    /// pauses. The queue must not be touched if it is `broken`.
+    fn collect(&self, queue: &mut Queue, broken: bool) {
+        let _ = (queue, broken);
+    }
+
+    /// Finish everything of the queue that is under way; on return no memory of the guest is touched. The queue must not
+    /// be touched if it is `broken`.
+    fn drain(&self, queue: &mut Queue, broken: bool) {
+        let _ = (queue, broken);
+    }
+
+    /// The machine goes on. All queues are kicked afterwards.
+    fn resumed(&self) {}
+
+    /// Forget what the driver told, and end what is under way; no queue is being served.
     fn reset(&self) {}
 
     /// The device's own state, beyond transport and queues. No queue is being served.

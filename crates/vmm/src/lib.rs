@@ -6,8 +6,10 @@
 
 pub mod chardev;
 pub mod config;
+pub mod disk;
 mod engine;
 mod error;
+mod halt;
 mod lines;
 mod log;
 pub mod machine;

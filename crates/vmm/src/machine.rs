@@ -1,13 +1,13 @@
 //! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
 
-use crate::config::{Disk, DiskFormat, VmConfig};
+use crate::config::VmConfig;
+use crate::disk::OnTrouble;
 use crate::error::VmmError;
 use crate::lines::{self, Hold, Lines, Room};
 use crate::net::Card;
 use crate::saved::{OpenDisk, Saved};
 use crate::time::{MachineClock, TimerService};
 use crate::vcpus::{VcpuEvent, Vcpus};
-use ringfort_block::{BlockBackend, Format, ImageOptions, Overlay, open_image};
 use ringfort_bus::{IrqLine, MsiSink};
 use ringfort_devices::pci::PciFunction;
 use ringfort_devices::power::PowerSink;
@@ -19,7 +19,7 @@ use ringfort_machine_pc::{Identity, Pc, PcConfig, PcError, SerialPort};
 use ringfort_memory::RamMap;
 use ringfort_virtio::VirtioDevice;
 use ringfort_virtio::balloon::{Balloon, BalloonOptions, HostRelease};
-use ringfort_virtio::blk::{Blk, BlkOptions};
+use ringfort_virtio::blk::Blk;
 use ringfort_virtio::pci::VirtioPci;
 use ringfort_virtio::rng::Rng;
 use ringfort_x86::cpuid::{
@@ -29,9 +29,6 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
-
-/// Most queues that a disk gets by itself.
-const DEFAULT_QUEUES: u32 = 4;
 
 /// Everything of one VM, paused.
 pub struct Machine {
@@ -51,6 +48,8 @@ pub struct Machine {
     /// Network cards, in the order of the configuration.
     cards: Vec<Card>,
     pub(crate) disks: Vec<OpenDisk>,
+    /// Their devices.
+    blks: Vec<Arc<Blk>>,
     /// Keeps input away while paused.
     hold: Arc<Hold>,
     /// Dropped after the vCPUs, so that what the guest said last is written.
@@ -73,6 +72,7 @@ impl Machine {
         mut lines: Lines,
         power: Arc<dyn PowerSink>,
         report: impl Fn(usize, VcpuEvent) + Send + Sync + 'static,
+        trouble: &OnTrouble,
         say: &mut dyn FnMut(&str),
     ) -> Result<Machine, VmmError> {
         let engine = crate::engine::open(config, say)?;
@@ -115,11 +115,13 @@ impl Machine {
         }
 
         let ram = Arc::new(RamMap::new(&memory));
-        let (mut virtio, mut disks) = (Vec::new(), Vec::new());
+        let (mut virtio, mut disks, mut blks) = (Vec::new(), Vec::new(), Vec::new());
         for disk in &config.disks {
-            let (device, open) = open_disk(disk, config.cpus).map_err(VmmError::Disk)?;
+            let (device, open) =
+                crate::disk::open(disk, config.cpus, trouble, say).map_err(VmmError::Disk)?;
             disks.push(open);
-            virtio.push(add_virtio(&pc, &ram, Arc::new(device))?);
+            blks.push(device.clone());
+            virtio.push(add_virtio(&pc, &ram, device)?);
         }
         let mut cards = Vec::new();
         for (n, nic) in config.nets.iter().enumerate() {
@@ -160,6 +162,7 @@ impl Machine {
             virtio,
             cards,
             disks,
+            blks,
             hold,
             lines,
             timers,
@@ -236,6 +239,21 @@ impl Machine {
         for v in &self.virtio {
             v.core().pause();
         }
+    }
+
+    /// Change the size of disk `number`, in the order of the configuration, to `bytes` (a multiple of 512) and tell its
+    /// driver. The machine may run or stand.
+    ///
+    /// # Errors
+    /// [`VmmError::Disk`]: no such disk, or its image cannot have that size; then nothing has changed.
+    pub fn resize_disk(&self, number: usize, bytes: u64) -> Result<(), VmmError> {
+        let (Some(blk), Some(disk)) = (self.blks.get(number), self.config.disks.get(number)) else {
+            let count = self.blks.len();
+            return Err(VmmError::Disk(format!("there is no disk number {number}; the machine has {count}")));
+        };
+        let path = disk.path.display();
+        blk.resize(bytes)
+            .map_err(|e| VmmError::Disk(format!("{path}: cannot be resized to {bytes} bytes: {e}")))
     }
 
     /// Press the power button.
@@ -334,32 +352,6 @@ fn open_file(option: &str, path: &Path) -> Result<File, VmmError> {
         ErrorKind::PermissionDenied => fail(&"may not be read; change its permissions or name another"),
         _ => fail(&e),
     })
-}
-
-fn open_disk(disk: &Disk, cpus: u32) -> Result<(Blk, OpenDisk), String> {
-    let options = ImageOptions {
-        format: disk.format.map(|f| match f {
-            DiskFormat::Raw => Format::Raw,
-            DiskFormat::Qcow2 => Format::Qcow2,
-        }),
-        read_only: disk.readonly || disk.snapshot,
-        ..ImageOptions::default()
-    };
-    let mut backend: Arc<dyn BlockBackend> = open_image(&disk.path, &options).map_err(|e| e.to_string())?;
-    let mut overlay = None;
-    if disk.snapshot {
-        let layer = Overlay::new(backend, &Overlay::default_dir()).map_err(|e| e.to_string())?;
-        let layer = Arc::new(layer);
-        overlay = Some(layer.clone());
-        backend = layer;
-    }
-    let open = OpenDisk { backend: backend.clone(), overlay };
-    let options = BlkOptions {
-        queues: disk.queues.unwrap_or(cpus.min(DEFAULT_QUEUES) as u16),
-        serial: disk.serial.clone().unwrap_or_default(),
-        ..BlkOptions::default()
-    };
-    Ok((Blk::new(backend, &options)?, open))
 }
 
 fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Result<Arc<VirtioPci>, VmmError> {

@@ -2,7 +2,9 @@
 
 use crate::chardev::{Chardev, Command};
 use crate::config::{Serial, VmConfig};
+use crate::disk::{DiskTrouble, OnTrouble};
 use crate::error::VmmError;
+use crate::halt::{Act, Halt};
 use crate::lines::Lines;
 use crate::machine::Machine;
 use crate::saved::{SaveTarget, Saved};
@@ -15,6 +17,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +41,7 @@ enum Event {
     Power(PowerEvent),
     Command(Command),
     Vcpu(VcpuEvent),
+    Disk(DiskTrouble),
     Signal,
     SaveSignal,
 }
@@ -122,6 +126,8 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     let from_vcpus = Shared(Mutex::new(post.clone()));
     let report = move |_, e| ringfort_bus::lock(&from_vcpus.0).send(Event::Vcpu(e));
     let power = Arc::new(Shared(Mutex::new(post.clone())));
+    let from_disks = Shared(Mutex::new(post.clone()));
+    let trouble: OnTrouble = Arc::new(move |t| ringfort_bus::lock(&from_disks.0).send(Event::Disk(t)));
     // Said once the machine stands, so that a mistake is told alone.
     let mut remarks = Vec::new();
     let mut remark = |line: &str| remarks.push(line.to_owned());
@@ -130,7 +136,7 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
         target.check()?;
     }
     let lines = Lines { serial, console };
-    let mut machine = Machine::build(config, restore.as_ref(), lines, power, report, &mut remark)?;
+    let mut machine = Machine::build(config, restore.as_ref(), lines, power, report, &trouble, &mut remark)?;
     if let Some(saved) = &mut restore {
         let loaded = machine.load(saved, &mut |what, done, total| ui.progress(what, done, total));
         ui.progress_ends();
@@ -161,11 +167,20 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     };
     machine.resume();
     let mut waiting = VecDeque::new();
+    let mut halt = Halt::default();
+    // The terminal is raw.
+    let end = if on_terminal { "\r" } else { "" };
     loop {
-        main.turn(None).map_err(host("waiting for events"))?;
+        let before = Instant::now();
+        main.turn(halt.patience()).map_err(host("waiting for events"))?;
+        if halt.patience().is_some_and(|p| before.elapsed() >= p) {
+            act(halt.waited(), &machine, ui, end);
+        }
         while let Some(event) = waiting.pop_front().or_else(|| queue.try_recv().ok()) {
             match next(config, event) {
                 Next::GoOn => {}
+                Next::Disk(trouble) => act(halt.trouble(trouble), &machine, ui, end),
+                Next::Continue => act(halt.again(), &machine, ui, end),
                 Next::End(outcome) => {
                     machine.pause();
                     return Ok(outcome);
@@ -190,8 +205,6 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                     match saved {
                         Ok(()) => return Ok(Outcome::Saved(save.path)),
                         Err(e) => {
-                            // The terminal is raw.
-                            let end = if on_terminal { "\r" } else { "" };
                             ui.say(&format!("{e}; the guest goes on{end}"));
                             machine.resume();
                         }
@@ -202,6 +215,7 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                     // What the old guest still had under way must not reset the new one; what the user wants holds.
                     waiting.extend(queue.try_iter().filter(Event::is_from_user));
                     machine.reset()?;
+                    halt.forget();
                     machine.resume();
                 }
             }
@@ -209,8 +223,22 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     }
 }
 
+/// Do what a disk's trouble asks for.
+fn act((act, line): (Act, Option<String>), machine: &Machine, ui: &mut dyn Ui, end: &str) {
+    match act {
+        Act::Nothing => {}
+        Act::Pause => machine.pause(),
+        Act::Resume => machine.resume(),
+    }
+    if let Some(line) = line {
+        ui.say(&format!("{line}{end}"));
+    }
+}
+
 enum Next {
     GoOn,
+    Disk(DiskTrouble),
+    Continue,
     End(Outcome),
     Fail(VmmError),
     PowerButton,
@@ -233,6 +261,8 @@ fn next(config: &VmConfig, event: Event) -> Next {
         Event::Command(Command::Save) | Event::SaveSignal => Next::Save,
         // Asked for by the user, not by the guest: it boots again in any case.
         Event::Command(Command::Reset) => Next::Reset,
+        Event::Disk(trouble) => Next::Disk(trouble),
+        Event::Command(Command::Continue) => Next::Continue,
         Event::Vcpu(VcpuEvent::Shutdown) => reset,
         Event::Vcpu(VcpuEvent::Debug(_)) => Next::GoOn,
         Event::Vcpu(VcpuEvent::Failed(e)) => Next::Fail(e.into()),

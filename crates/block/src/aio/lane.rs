@@ -7,7 +7,7 @@ use crate::node::Throttle;
 use crate::{BlockBackend, Located, SharedSlice, SharedSliceMut};
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -189,6 +189,21 @@ impl<P: Payload> Lane<P> {
             done: VecDeque::new(),
             inline: true,
         }
+    }
+
+    /// A lane for a user that does nothing else: with an event descriptor of its own, to be waited for by
+    /// [`wait`](Self::wait).
+    ///
+    /// # Errors
+    /// When the host gives no descriptor.
+    pub fn of_its_own(backend: Arc<dyn BlockBackend>, aio: Aio) -> io::Result<Lane<P>> {
+        // SAFETY: makes a descriptor or fails.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: fresh, and nobody else's.
+        Ok(Lane::new(backend, aio, Arc::new(unsafe { OwnedFd::from_raw_fd(fd) })))
     }
 
     /// Whether requests may be done by the caller at once; on at first.

@@ -11,12 +11,14 @@
 
 mod alarm;
 mod lane;
+mod memory;
 mod pool;
 #[cfg(test)]
 mod tests;
 mod uring;
 
 pub use lane::{Done, Lane, Op, Payload, Range, Request};
+pub use memory::Memory;
 pub use uring::available as io_uring_available;
 
 use serde::{Deserialize, Serialize};

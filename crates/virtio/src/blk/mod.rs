@@ -1,18 +1,23 @@
 //! Block device (virtio 1.3 section 5.2).
 
 mod config;
+#[cfg(test)]
+mod depth_tests;
+mod lanes;
 mod request;
 #[cfg(test)]
 mod tests;
 
 use crate::{Grouping, Queue, QueueError, Quick, Served, Signals, VirtioDevice};
 use config::{CONFIG_LEN, WRITEBACK_AT, fields};
-use request::Request;
+use lanes::Slot;
+use ringfort_block::aio::Aio;
 use ringfort_block::{BlockBackend, SECTOR_SIZE};
+use ringfort_bus::lock;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 // Feature bits (virtio 1.3 section 5.2.3).
 const F_SEG_MAX: u64 = 1 << 2;
@@ -31,10 +36,33 @@ const QUEUE_SIZE: u16 = 256;
 pub const MAX_QUEUES: u16 = 16;
 /// Bytes of a serial number (section 5.2.6, VIRTIO_BLK_T_GET_ID).
 pub const SERIAL_LEN: usize = 20;
-/// Most bytes that a vCPU moves at one ring of the doorbell; more is the I/O thread's.
-const QUICK_BYTES: u64 = 512 << 10;
-/// Longest single request that a vCPU does.
-const QUICK_REQUEST: u64 = 128 << 10;
+
+/// What becomes of a request that fails on the host, as QEMU's `werror` and `rerror`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnError {
+    /// The driver gets an I/O error.
+    Report,
+    /// The driver is told that it succeeded.
+    Ignore,
+    /// The machine stops; the request is tried again when it goes on.
+    Stop,
+    /// Stop when the host has no space, report anything else.
+    Enospc,
+}
+
+/// A request that failed on the host.
+pub struct HostError<'a> {
+    /// It was to change the disk or to make changes durable.
+    pub write: bool,
+    /// What the host says.
+    pub error: &'a io::Error,
+    /// The machine is to stop. Told once until it goes on.
+    pub stop: bool,
+}
+
+/// Who hears of host errors. Called on I/O threads and vCPUs; it must not wait for the device.
+pub type OnHostError = Box<dyn Fn(&HostError<'_>) + Send + Sync>;
 
 /// How a disk is presented.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,11 +73,27 @@ pub struct BlkOptions {
     pub serial: String,
     /// Do short requests whose data is in the host's page cache on the vCPU that rings.
     pub quick: bool,
+    /// How requests that wait for the host are done.
+    pub aio: Aio,
+    /// Writes are complete only when durable, until the driver asks for a write cache.
+    pub write_through: bool,
+    /// Failing reads.
+    pub rerror: OnError,
+    /// Failing writes, flushes and discards.
+    pub werror: OnError,
 }
 
 impl Default for BlkOptions {
     fn default() -> Self {
-        BlkOptions { queues: 1, serial: String::new(), quick: true }
+        BlkOptions {
+            queues: 1,
+            serial: String::new(),
+            quick: true,
+            aio: Aio::best(),
+            write_through: false,
+            rerror: OnError::Report,
+            werror: OnError::Enospc,
+        }
     }
 }
 
@@ -58,6 +102,8 @@ struct Saved {
     features: u64,
     writeback: bool,
     capacity: u64,
+    /// Requests that failed on the host and are to be tried again: queue, and first descriptor of the chain.
+    parked: Vec<(u16, u16)>,
 }
 
 /// A disk.
@@ -66,10 +112,19 @@ pub struct Blk {
     queues: u16,
     serial: [u8; SERIAL_LEN],
     quick: bool,
+    aio: Aio,
+    write_through: bool,
+    rerror: OnError,
+    werror: OnError,
     features: AtomicU64,
     /// What the driver chose by VIRTIO_BLK_F_CONFIG_WCE: writes may stay in a cache until flushed.
     writeback: AtomicBool,
     signals: OnceLock<Arc<Signals>>,
+    on_error: OnceLock<OnHostError>,
+    /// One for each queue; locked after the queue.
+    slots: Vec<Mutex<Slot>>,
+    /// A request failed in a way that stops the machine: nothing is begun until it goes on.
+    held: AtomicBool,
 }
 
 impl Blk {
@@ -92,10 +147,33 @@ impl Blk {
             queues: options.queues,
             serial,
             quick: options.quick,
+            aio: options.aio,
+            write_through: options.write_through,
+            rerror: options.rerror,
+            werror: options.werror,
             features: AtomicU64::new(0),
-            writeback: AtomicBool::new(true),
+            writeback: AtomicBool::new(!options.write_through),
             signals: OnceLock::new(),
+            on_error: OnceLock::new(),
+            slots: (0..options.queues).map(|_| Mutex::default()).collect(),
+            held: AtomicBool::new(false),
         })
+    }
+
+    /// Have `listener` told of host errors. Only the first one given counts.
+    pub fn on_host_error(&self, listener: OnHostError) {
+        let _ = self.on_error.set(listener);
+    }
+
+    fn tell(&self, write: bool, error: &io::Error, stop: bool) {
+        if let Some(listener) = self.on_error.get() {
+            listener(&HostError { write, error, stop });
+        }
+    }
+
+    /// The disk behind the device.
+    pub fn backend(&self) -> &Arc<dyn BlockBackend> {
+        &self.backend
     }
 
     /// Change the disk's size and tell the driver.
@@ -110,17 +188,37 @@ impl Blk {
         Ok(())
     }
 
+    /// End all requests without telling the driver. No queue is being served.
+    fn forget_all(&self) {
+        // First what the kernel has: it may keep requests of other queues waiting.
+        self.slots.iter().for_each(|s| lock(s).quiesce());
+        self.slots.iter().for_each(|s| lock(s).forget());
+    }
+
+    fn parked(&self) -> Vec<(u16, u16)> {
+        let of = |(queue, slot): (usize, &Mutex<Slot>)| -> Vec<_> {
+            lock(slot).parked_heads().map(|head| (queue as u16, head)).collect()
+        };
+        self.slots.iter().enumerate().flat_map(of).collect()
+    }
+
     fn has(&self, feature: u64) -> bool {
         self.features.load(Ordering::Relaxed) & feature != 0
     }
 
     /// Whether a write is complete before it is durable (section 5.2.5.2).
     fn write_cached(&self) -> bool {
-        if self.has(F_CONFIG_WCE) { self.writeback.load(Ordering::Relaxed) } else { self.has(F_FLUSH) }
+        if self.has(F_CONFIG_WCE) {
+            self.writeback.load(Ordering::Relaxed)
+        } else {
+            self.has(F_FLUSH) && !self.write_through
+        }
     }
+}
 
-    fn request<'a>(&'a self, chain: &'a crate::Chain) -> Result<Request<'a>, QueueError> {
-        Request::parse(self, chain)
+impl Drop for Blk {
+    fn drop(&mut self) {
+        self.forget_all();
     }
 }
 
@@ -183,11 +281,19 @@ impl VirtioDevice for Blk {
     }
 
     fn service(&self, queue: &mut Queue) -> Result<Served, QueueError> {
-        while let Some(chain) = queue.pop()? {
-            let written = self.request(&chain)?.execute();
-            queue.complete(chain, written);
-        }
-        Ok(Served::Drained)
+        self.service_queue(queue)
+    }
+
+    fn collect(&self, queue: &mut Queue, broken: bool) {
+        self.collect_queue(queue, broken);
+    }
+
+    fn drain(&self, queue: &mut Queue, broken: bool) {
+        self.drain_queue(queue, broken);
+    }
+
+    fn resumed(&self) {
+        self.held.store(false, Ordering::SeqCst);
     }
 
     fn has_quick(&self) -> bool {
@@ -195,26 +301,14 @@ impl VirtioDevice for Blk {
     }
 
     fn quick(&self, queue: &mut Queue) -> Result<Quick, QueueError> {
-        let mut budget = QUICK_BYTES;
-        while let Some(chain) = queue.pop()? {
-            let request = self.request(&chain)?;
-            let size = request.size();
-            let outcome = if size > budget.min(QUICK_REQUEST) { None } else { request.try_execute() };
-            match outcome {
-                Some(written) => queue.complete(chain, written),
-                None => {
-                    queue.undo_pop(chain);
-                    return Ok(Quick::Later);
-                }
-            }
-            budget -= size;
-        }
-        Ok(Quick::Done)
+        self.quick_queue(queue)
     }
 
     fn reset(&self) {
         self.features.store(0, Ordering::Relaxed);
-        self.writeback.store(true, Ordering::Relaxed);
+        self.writeback.store(!self.write_through, Ordering::Relaxed);
+        self.forget_all();
+        self.held.store(false, Ordering::SeqCst);
     }
 
     fn save(&self) -> Vec<u8> {
@@ -222,12 +316,16 @@ impl VirtioDevice for Blk {
             features: self.features.load(Ordering::Relaxed),
             writeback: self.writeback.load(Ordering::Relaxed),
             capacity: self.backend.size(),
+            parked: self.parked(),
         };
         crate::transport::encode(&saved)
     }
 
     fn load(&self, state: &[u8]) -> Result<(), String> {
         let saved: Saved = crate::transport::decode(state)?;
+        if saved.parked.iter().any(|(queue, _)| *queue >= self.queues) {
+            return Err("a request of a queue that the disk does not have".into());
+        }
         if saved.capacity != self.backend.size() {
             return Err(format!(
                 "the disk has {} bytes, the saved machine's had {}",
@@ -237,6 +335,10 @@ impl VirtioDevice for Blk {
         }
         self.features.store(saved.features, Ordering::Relaxed);
         self.writeback.store(saved.writeback, Ordering::Relaxed);
+        self.forget_all();
+        for (queue, head) in saved.parked {
+            lock(&self.slots[usize::from(queue)]).heads.push(head);
+        }
         Ok(())
     }
 }

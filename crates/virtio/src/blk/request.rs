@@ -3,6 +3,8 @@
 use super::config::{MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_ZERO_RANGES};
 use super::{Blk, F_DISCARD, F_WRITE_ZEROES, SECTOR_SIZE, SERIAL_LEN};
 use crate::{Chain, QueueError};
+use ringfort_block::aio::{Op, Payload, Range, Request};
+use ringfort_block::{SharedSlice, SharedSliceMut};
 use std::io;
 
 const HEADER_LEN: u64 = 16;
@@ -25,20 +27,26 @@ pub enum Outcome {
     Unsupported = 2,
 }
 
-impl From<io::Result<()>> for Outcome {
-    fn from(r: io::Result<()>) -> Outcome {
-        match r {
-            Ok(()) => Outcome::Ok,
-            Err(e) if e.kind() == io::ErrorKind::Unsupported => Outcome::Unsupported,
-            Err(_) => Outcome::IoError,
+impl From<&io::Error> for Outcome {
+    fn from(e: &io::Error) -> Outcome {
+        match e.kind() {
+            io::ErrorKind::Unsupported => Outcome::Unsupported,
+            _ => Outcome::IoError,
         }
     }
 }
 
-/// A request with a whole header and room for a status.
-pub struct Request<'a> {
-    disk: &'a Blk,
-    chain: &'a Chain,
+/// What is to be done about a request.
+pub enum Step {
+    /// This, by the back end.
+    Start(Request),
+    /// Nothing more.
+    End(Outcome),
+}
+
+/// A chain with a whole header and room for a status.
+pub struct Transfer {
+    chain: Chain,
     kind: u32,
     sector: u64,
     /// Data bytes: behind the header, or before the status.
@@ -46,14 +54,24 @@ pub struct Request<'a> {
     in_len: u64,
 }
 
-impl<'a> Request<'a> {
-    pub fn parse(disk: &'a Blk, chain: &'a Chain) -> Result<Request<'a>, QueueError> {
+impl Payload for Transfer {
+    fn targets(&self) -> Vec<SharedSliceMut<'_>> {
+        self.chain.write_slices(0, self.in_len)
+    }
+
+    fn sources(&self) -> Vec<SharedSlice<'_>> {
+        self.chain.read_slices(HEADER_LEN, self.out_len)
+    }
+}
+
+impl Transfer {
+    pub fn parse(chain: Chain) -> Result<Transfer, QueueError> {
         let header: [u8; HEADER_LEN as usize] = chain.read_array(0).ok_or(QueueError::Shape)?;
         let in_len = chain.writable().checked_sub(1).ok_or(QueueError::Shape)?;
         let out_len = chain.readable() - HEADER_LEN;
         let [a, b, c, d, _, _, _, _, sector @ ..] = header;
         let kind = u32::from_le_bytes([a, b, c, d]);
-        Ok(Request { disk, chain, kind, sector: u64::from_le_bytes(sector), out_len, in_len })
+        Ok(Transfer { chain, kind, sector: u64::from_le_bytes(sector), out_len, in_len })
     }
 
     /// Bytes of data.
@@ -61,8 +79,26 @@ impl<'a> Request<'a> {
         self.out_len.max(self.in_len)
     }
 
+    /// Number of the chain's first descriptor.
+    pub fn head(&self) -> u16 {
+        self.chain.head()
+    }
+
+    pub fn into_chain(self) -> Chain {
+        self.chain
+    }
+
+    /// Whether it changes the disk, or makes changes durable.
+    pub fn is_write(&self) -> bool {
+        self.kind != IN
+    }
+
     /// Set the status; gives the number of bytes written to the chain.
-    fn finish(&self, outcome: Outcome) -> u32 {
+    pub fn finish(&self, outcome: Outcome) -> u32 {
+        if self.kind == IN {
+            // Also after an error: a part may have been filled.
+            self.chain.mark_written(0, self.in_len);
+        }
         self.chain.write(self.in_len, &[outcome as u8]);
         let data = match (self.kind, outcome) {
             (IN, _) => self.in_len,
@@ -72,104 +108,75 @@ impl<'a> Request<'a> {
         u32::try_from(data + 1).unwrap_or(u32::MAX)
     }
 
-    /// Byte offset of the request, if its data are whole sectors inside the disk.
-    fn offset(&self, len: u64) -> io::Result<u64> {
-        let offset = self.sector.checked_mul(SECTOR_SIZE).ok_or(io::ErrorKind::InvalidInput)?;
-        if !len.is_multiple_of(SECTOR_SIZE) {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        ringfort_block::check_range(self.disk.backend.size(), offset, len)?;
-        Ok(offset)
-    }
-
-    /// Do it, however long it takes.
-    pub fn execute(&self) -> u32 {
-        let backend = &self.disk.backend;
-        let outcome = match self.kind {
-            IN => self
-                .offset(self.in_len)
-                .and_then(|at| backend.read_at(&self.chain.write_slices(0, self.in_len), at))
-                .into(),
-            OUT => self.write().into(),
-            FLUSH => backend.flush().into(),
-            GET_ID => self.serial(),
-            DISCARD | WRITE_ZEROES => self.ranges(),
-            _ => Outcome::Unsupported,
-        };
-        if self.kind == IN {
-            // Also after an error: a part may have been filled.
-            self.chain.mark_written(0, self.in_len);
-        }
-        self.finish(outcome)
-    }
-
-    /// Do it if nothing has to be waited for.
-    pub fn try_execute(&self) -> Option<u32> {
-        let backend = &self.disk.backend;
+    /// What to do for `disk`. What the driver got wrong ends here, as an error that is its own.
+    pub fn plan(&self, disk: &Blk) -> Step {
+        let through = !disk.write_cached();
         match self.kind {
-            IN => {
-                let at = self.offset(self.in_len).ok()?;
-                let done = backend.try_read_at(&self.chain.write_slices(0, self.in_len), at);
-                self.chain.mark_written(0, self.in_len);
-                // Errors are found again, and reported, where all requests are done.
-                done.ok().filter(|&d| d).map(|_| self.finish(Outcome::Ok))
+            IN => self.data(disk, Op::Read, self.in_len),
+            OUT if disk.backend.read_only() => Step::End(Outcome::IoError),
+            OUT => self.data(disk, Op::Write { through }, self.out_len),
+            FLUSH => Step::Start(Request::other(Op::Flush)),
+            GET_ID => {
+                let len = self.in_len.min(SERIAL_LEN as u64) as usize;
+                self.chain.write(0, &disk.serial[..len]);
+                Step::End(Outcome::Ok)
             }
-            OUT if backend.writes_are_cached() && self.disk.write_cached() => Some(self.execute()),
-            FLUSH if backend.flush_is_quick() => Some(self.execute()),
-            GET_ID => Some(self.execute()),
-            _ => None,
+            DISCARD | WRITE_ZEROES => match self.ranges(disk) {
+                Ok(ranges) if self.kind == DISCARD => Step::Start(Request::other(Op::Discard(ranges))),
+                Ok(ranges) => Step::Start(Request::other(Op::Zeroes { ranges, through })),
+                Err(outcome) => Step::End(outcome),
+            },
+            _ => Step::End(Outcome::Unsupported),
         }
     }
 
-    fn write(&self) -> io::Result<()> {
-        let backend = &self.disk.backend;
-        let at = self.offset(self.out_len)?;
-        backend.write_at(&self.chain.read_slices(HEADER_LEN, self.out_len), at)?;
-        if self.disk.write_cached() { Ok(()) } else { backend.flush() }
+    /// A transfer of whole sectors inside the disk.
+    fn data(&self, disk: &Blk, op: Op, len: u64) -> Step {
+        let offset = self.sector.checked_mul(SECTOR_SIZE);
+        match offset {
+            Some(offset)
+                if len.is_multiple_of(SECTOR_SIZE)
+                    && ringfort_block::check_range(disk.backend.size(), offset, len).is_ok() =>
+            {
+                Step::Start(Request { op, offset, len })
+            }
+            _ => Step::End(Outcome::IoError),
+        }
     }
 
-    fn serial(&self) -> Outcome {
-        let len = self.in_len.min(SERIAL_LEN as u64) as usize;
-        self.chain.write(0, &self.disk.serial[..len]);
-        Outcome::Ok
-    }
-
-    /// Discard and write-zeroes: a list of ranges (sections 5.2.6.2 and 5.2.6.3 say which errors are which).
-    fn ranges(&self) -> Outcome {
+    /// The ranges of discard and write-zeroes (sections 5.2.6.2 and 5.2.6.3 say which errors are which), all of them
+    /// checked.
+    fn ranges(&self, disk: &Blk) -> Result<Vec<Range>, Outcome> {
         let discard = self.kind == DISCARD;
-        let (disk, backend) = (self.disk, &self.disk.backend);
-        if backend.read_only() || !disk.has(if discard { F_DISCARD } else { F_WRITE_ZEROES }) {
-            return if backend.read_only() { Outcome::IoError } else { Outcome::Unsupported };
+        if disk.backend.read_only() {
+            return Err(Outcome::IoError);
+        }
+        if !disk.has(if discard { F_DISCARD } else { F_WRITE_ZEROES }) {
+            return Err(Outcome::Unsupported);
         }
         let count = self.out_len / RANGE_LEN;
         let most = if discard { MAX_DISCARD_RANGES } else { MAX_ZERO_RANGES };
         if !self.out_len.is_multiple_of(RANGE_LEN) || count == 0 || count > u64::from(most) {
-            return Outcome::IoError;
+            return Err(Outcome::IoError);
         }
-        // All are checked before the first is done.
         let mut list = Vec::with_capacity(count as usize);
         for i in 0..count {
-            let Some(raw) = self.chain.read_array::<16>(HEADER_LEN + i * RANGE_LEN) else {
-                return Outcome::IoError;
-            };
+            let raw: [u8; 16] = self.chain.read_array(HEADER_LEN + i * RANGE_LEN).ok_or(Outcome::IoError)?;
             let word = |at: usize| u32::from_le_bytes([raw[at], raw[at + 1], raw[at + 2], raw[at + 3]]);
             let (sector, sectors, flags) = (u64::from(word(0)) | u64::from(word(4)) << 32, word(8), word(12));
             if flags & !UNMAP != 0 || (discard && flags != 0) {
-                return Outcome::Unsupported;
+                return Err(Outcome::Unsupported);
             }
             let len = u64::from(sectors) * SECTOR_SIZE;
-            let Some(at) = sector.checked_mul(SECTOR_SIZE) else { return Outcome::IoError };
-            if sectors > MAX_RANGE_SECTORS || ringfort_block::check_range(backend.size(), at, len).is_err() {
-                return Outcome::IoError;
+            let offset = sector.checked_mul(SECTOR_SIZE).ok_or(Outcome::IoError)?;
+            if sectors > MAX_RANGE_SECTORS
+                || ringfort_block::check_range(disk.backend.size(), offset, len).is_err()
+            {
+                return Err(Outcome::IoError);
             }
-            list.push((at, len, flags & UNMAP != 0));
+            list.push(Range { offset, len, unmap: flags & UNMAP != 0 });
         }
-        for (at, len, unmap) in list.into_iter().filter(|r| r.1 > 0) {
-            let done = if discard { backend.discard(at, len) } else { backend.write_zeroes(at, len, unmap) };
-            if done.is_err() {
-                return Outcome::IoError;
-            }
-        }
-        if discard || disk.write_cached() { Outcome::Ok } else { backend.flush().into() }
+        list.retain(|r| r.len > 0);
+        Ok(list)
     }
 }

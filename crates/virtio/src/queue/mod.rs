@@ -252,6 +252,14 @@ impl Queue {
         self.progress.next_avail = self.progress.next_avail.wrapping_sub(1);
     }
 
+    /// A chain that was handed out before a save and is to be completed after it, by its first descriptor.
+    ///
+    /// # Errors
+    /// As for [`pop`](Self::pop).
+    pub fn reopen(&self, head: u16) -> Result<Chain, QueueError> {
+        self.walk(head)
+    }
+
     /// Whether the queue hands out work: the machine is not paused, and the driver allows DMA.
     pub fn is_open(&self) -> bool {
         self.gate.is_open()

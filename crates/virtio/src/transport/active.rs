@@ -79,6 +79,8 @@ impl ActiveQueue {
     /// Serve the queue, on its I/O thread.
     fn serve(&self) {
         let mut queue = lock(&self.queue);
+        // Also while paused or broken: what is finished may be what others wait for.
+        self.device.collect(&mut queue, self.is_broken());
         // Also without new chains: the device may have been kicked for something that it holds.
         while !self.is_broken() && queue.is_open() {
             queue.disable_notifications();
@@ -118,9 +120,10 @@ impl ActiveQueue {
         let _ = self.kick.write(1);
     }
 
-    /// Return when nobody is at the queue.
+    /// Return when nobody is at the queue and nothing of it is under way. The gate is closed, so nothing begins.
     pub fn wait_idle(&self) {
-        drop(lock(&self.queue));
+        let mut queue = lock(&self.queue);
+        self.device.drain(&mut queue, self.is_broken());
     }
 
     pub fn progress(&self) -> QueueProgress {

@@ -320,6 +320,7 @@ impl Core {
             a.gate.set_paused(false);
         }
         drop(life);
+        self.device.resumed();
         (0..self.queue_count()).for_each(|q| self.signals.kick(q));
     }
 

@@ -12,6 +12,7 @@ Ctrl-A h    this help\r\n\
 Ctrl-A x    stop the machine and leave\r\n\
 Ctrl-A p    press the power button (asks the guest to shut down)\r\n\
 Ctrl-A r    reset the machine\r\n\
+Ctrl-A c    let a guest that stands for a disk's error try again\r\n\
 Ctrl-A l    pull the network cable, or plug it in again\r\n\
 Ctrl-A s    save the machine to a file and leave (--save names the file)\r\n\
 Ctrl-A a    send Ctrl-A to the guest\r\n";
@@ -25,6 +26,8 @@ pub enum Command {
     PowerButton,
     /// Reset.
     Reset,
+    /// Try again what failed on a disk.
+    Continue,
     /// Pull the network cables, or plug them in again.
     ToggleLink,
     /// Save the state and stop.
@@ -60,6 +63,7 @@ impl Escape {
                 b'x' | b'X' => (self.on_command)(Command::Quit),
                 b'p' | b'P' => (self.on_command)(Command::PowerButton),
                 b'r' | b'R' => (self.on_command)(Command::Reset),
+                b'c' | b'C' => (self.on_command)(Command::Continue),
                 b'l' | b'L' => (self.on_command)(Command::ToggleLink),
                 b's' | b'S' => (self.on_command)(Command::Save),
                 b'a' | b'A' | ESCAPE => out.push(ESCAPE),

@@ -2,10 +2,12 @@
 //!
 //! [`VmConfig::validate`] gives all errors at once, each naming its field.
 
+mod disk;
 mod net;
 mod parse;
 mod size;
 
+pub use disk::{Discard, Disk, DiskFormat};
 pub use net::{Link, MAX_NICS, NetOption, Nic, NicModel};
 pub use parse::ParseError;
 pub use size::{format_size, parse_size};
@@ -68,39 +70,6 @@ pub struct Boot {
     /// Kernel command line.
     #[serde(default)]
     pub cmdline: String,
-}
-
-/// The format of a disk image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DiskFormat {
-    /// The file's bytes are the disk's.
-    Raw,
-    /// QEMU's qcow2, with its backing files.
-    Qcow2,
-}
-
-/// One disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Disk {
-    /// File or block device.
-    pub path: PathBuf,
-    /// Image format; found out if not given.
-    #[serde(default)]
-    pub format: Option<DiskFormat>,
-    /// The guest may not write.
-    #[serde(default)]
-    pub readonly: bool,
-    /// Writes go to a throw-away layer.
-    #[serde(default)]
-    pub snapshot: bool,
-    /// What the guest reads as serial number; at most 20 bytes.
-    #[serde(default)]
-    pub serial: Option<String>,
-    /// Request queues; by default one per vCPU, at most 4.
-    #[serde(default)]
-    pub queues: Option<u16>,
 }
 
 /// Where a serial port or console leads.
@@ -242,19 +211,8 @@ impl VmConfig {
         if self.console == self.serial && !matches!(self.serial, Serial::None | Serial::Pty) {
             problem("console", "leads to the same place as the serial port; give one of them another".into());
         }
-        for (n, d) in self.disks.iter().enumerate() {
-            if d.serial.as_ref().is_some_and(|s| s.len() > 20 || s.contains(|c: char| c.is_control())) {
-                problem(&format!("disks[{n}].serial"), "give at most 20 printable bytes".into());
-            }
-            if d.queues.is_some_and(|q| q == 0 || q > 16) {
-                problem(&format!("disks[{n}].queues"), "give 1 to 16".into());
-            }
-            if self.disks[..n].iter().any(|o| o.path == d.path && !(o.readonly && d.readonly)) {
-                problem(
-                    &format!("disks[{n}].path"),
-                    format!("{} is given twice; a disk that is written can be used once", d.path.display()),
-                );
-            }
+        for (field, what) in disk::problems(&self.disks) {
+            problem(&field, what);
         }
         if self.nets.len() > MAX_NICS {
             problem("nets", format!("{} network cards; at most {MAX_NICS} fit", self.nets.len()));

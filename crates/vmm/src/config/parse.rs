@@ -1,6 +1,6 @@
 //! `key=value,key=value` options of the command line.
 
-use super::{Accel, AccelOption, Disk, DiskFormat, Serial, Tier};
+use super::{Accel, AccelOption, Serial, Tier};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -32,64 +32,6 @@ pub(super) fn switch(key: &str, value: Option<&str>) -> Result<bool, ParseError>
         None | Some("on" | "yes" | "true" | "1") => Ok(true),
         Some("off" | "no" | "false" | "0") => Ok(false),
         Some(v) => Err(ParseError(format!("{key}={v}: give on or off"))),
-    }
-}
-
-impl FromStr for Disk {
-    type Err = ParseError;
-
-    /// `path=F[,format=raw|qcow2][,readonly=on][,snapshot=on][,serial=S][,queues=N]`, or just a path.
-    fn from_str(text: &str) -> Result<Disk, ParseError> {
-        let mut disk = Disk {
-            path: PathBuf::new(),
-            format: None,
-            readonly: false,
-            snapshot: false,
-            serial: None,
-            queues: None,
-        };
-        for (n, part) in split(text).iter().enumerate() {
-            let (key, value) = match part.split_once('=') {
-                Some((k, v)) => (k, Some(v)),
-                None if n == 0 && !matches!(part.as_str(), "readonly" | "snapshot") => {
-                    ("path", Some(part.as_str()))
-                }
-                None => (part.as_str(), None),
-            };
-            let need =
-                || value.filter(|v| !v.is_empty()).ok_or_else(|| ParseError(format!("{key} needs a value")));
-            match key {
-                "path" | "file" => disk.path = need()?.into(),
-                "format" => {
-                    disk.format = Some(match need()? {
-                        "raw" => DiskFormat::Raw,
-                        "qcow2" => DiskFormat::Qcow2,
-                        other => {
-                            return Err(ParseError(format!("format={other}: the formats are raw and qcow2")));
-                        }
-                    });
-                }
-                "readonly" => disk.readonly = switch(key, value)?,
-                "snapshot" => disk.snapshot = switch(key, value)?,
-                "serial" => disk.serial = Some(need()?.into()),
-                "queues" => {
-                    let v = need()?;
-                    let n = v
-                        .parse()
-                        .map_err(|_| ParseError(format!("queues={v}: give a number from 1 to 16")))?;
-                    disk.queues = Some(n);
-                }
-                _ => {
-                    return Err(ParseError(format!(
-                        "unknown disk option '{key}'; known are path, format, readonly, snapshot, serial, queues"
-                    )));
-                }
-            }
-        }
-        if disk.path.as_os_str().is_empty() {
-            return Err(ParseError("a disk needs path=FILE".into()));
-        }
-        Ok(disk)
     }
 }
 
@@ -152,27 +94,6 @@ impl FromStr for AccelOption {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn disks() {
-        let d: Disk = "path=/a,,b=c.img,format=raw,readonly=on,serial=X1".parse().unwrap();
-        assert_eq!(d.path, PathBuf::from("/a,b=c.img"));
-        assert!(d.readonly && !d.snapshot && d.serial.as_deref() == Some("X1"));
-        let d: Disk = "disk.img,snapshot".parse().unwrap();
-        assert!(d.snapshot && d.path == *"disk.img");
-        for (bad, says) in [
-            ("", "needs"),
-            ("format=raw", "path"),
-            ("path=", "value"),
-            ("path=x,format=qcow9", "raw and qcow2"),
-            ("path=x,readonly=maybe", "on or off"),
-            ("path=x,colour=red", "unknown disk option 'colour'"),
-            ("path=x,queues=many", "number"),
-        ] {
-            let e = bad.parse::<Disk>().unwrap_err().to_string();
-            assert!(e.contains(says), "{bad}: {e}");
-        }
-    }
 
     #[test]
     fn engines() {
