@@ -22,7 +22,7 @@ BENCH_PACKAGES = qemu-system-x86
 help: ## Say what there is
 	echo 'make run     build Ringfort and boot the default guest (Debian, built on first use)'
 	echo 'make test    everything that must hold: format, lints, tests, licences'
-	echo 'make bench   the same boot under Ringfort and under QEMU, compared (QEMU=path for another QEMU)'
+	echo 'make bench   the same guests under Ringfort, QEMU and the host, compared (QEMU=path for another QEMU, ARGS=--help)'
 	echo 'make lint    format and clippy only'
 	echo 'make unit    the tests only'
 	echo 'make deny    licences, duplicate and banned crates, sources'

@@ -1,119 +1,160 @@
-//! One boot: start the VMM, wait for the guest's line, look at the memory, end it.
+//! One run of an engine: a list of rows in one boot, or a boot itself.
 
-use std::{
-    ffi::OsStr,
-    io::Read as _,
-    path::Path,
-    process::{Child, Command, Stdio},
-    sync::mpsc,
-    time::{Duration, Instant},
-};
+use std::{ffi::OsStr, ops::ControlFlow, process::Command, time::Duration};
 
 use ringfort_guest::TEST_READY;
 use serde::Serialize;
 
-use crate::memory::{self, Memory};
+use crate::{
+    memory::{self, Memory},
+    process::{Said, cpu_seconds, watch},
+};
 
-/// Output that is kept to find the line in and to show when a boot fails, in bytes.
-const KEPT: usize = 64 << 10;
-
-/// What one boot gave.
-#[derive(Debug, Clone, Copy, Serialize)]
-pub struct Boot {
-    /// From the start of the process to the guest's line.
+/// One measurement of one row.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Sample {
+    /// By the clock of whoever ran it (the guest's CLOCK_MONOTONIC); of a boot, by the host's.
     pub seconds: f64,
-    /// The guest's own clock at that line, which leaves out the VMM's start and the boot loader.
-    pub guest_seconds: f64,
-    /// Memory of the VMM at that line.
-    pub memory: Memory,
+    /// CPU time that it took on the host, that of the whole VMM; none where only a rate is known.
+    pub cpu_seconds: Option<f64>,
+    /// What it printed, as a hash: equal work gives equal hashes.
+    pub hash: Option<String>,
+    /// The VMM's memory, of a boot.
+    pub memory: Option<Memory>,
 }
 
-type Common<'a> = [(&'a str, &'a OsStr); 3];
+/// What a row came to: a sample, or why there is none.
+pub type Outcome = Result<Sample, String>;
 
-/// The command that boots under Ringfort.
-pub fn ringfort(program: &Path, common: &Common<'_>, cpus: u32, mib: u32, more: &[String]) -> Command {
-    let mut command = Command::new(program);
-    command.arg("run");
-    for (name, value) in common {
-        command.arg(format!("--{name}")).arg(value);
-    }
-    command.args(["--memory", &format!("{mib}M"), "--cpus", &cpus.to_string()]);
-    command.args(["--accel", "soft", "--net", "none", "--serial", "stdio"]).args(more);
-    command
+/// Whose CPU time a row's is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Where {
+    /// The VMM's, looked at from outside: a guest does not know when it is not running.
+    Guest,
+    /// The row's own processes'.
+    Host,
 }
 
-/// The command that boots under QEMU.
-pub fn qemu(program: &Path, common: &Common<'_>, cpus: u32, mib: u32, more: &[String]) -> Command {
-    let mut command = Command::new(program);
-    for (name, value) in common {
-        command.arg(if *name == "cmdline" { "-append".to_owned() } else { format!("-{name}") }).arg(value);
-    }
-    command.args(["-m", &mib.to_string(), "-smp", &cpus.to_string()]);
-    command.args(["-machine", "q35", "-accel", "tcg", "-nodefaults", "-no-user-config", "-no-reboot"]);
-    command.args(["-display", "none", "-serial", "stdio"]).args(more);
-    command
-}
-
-/// Ends the VMM whatever happens.
-struct Guard(Child);
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Run `command` to the guest's line.
-pub fn boot(mut command: Command, ram: u64, limit: Duration) -> Result<Boot, String> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let start = Instant::now();
-    let child = command.spawn().map_err(|e| format!("cannot start {program}: {e}"))?;
-    let mut child = Guard(child);
-    // Kept open: the end of its input could make a VMM stop.
-    let _stdin = child.0.stdin.take();
-    let (tx, rx) = mpsc::channel();
-    let stdout = child.0.stdout.take().ok_or("no standard output")?;
-    let stderr = child.0.stderr.take().ok_or("no standard error")?;
-    for stream in [Box::new(stdout) as Box<dyn std::io::Read + Send>, Box::new(stderr)] {
-        let tx = tx.clone();
-        std::thread::spawn(move || pump(stream, &tx));
-    }
-    drop(tx);
-    let mut text = Vec::new();
-    loop {
-        match rx.recv_timeout(limit.saturating_sub(start.elapsed())) {
-            Ok((at, data)) => {
-                text.extend_from_slice(&data);
-                if let Some(guest_seconds) = ready(&text) {
-                    let memory = memory::of(child.0.id(), ram)
-                        .ok_or_else(|| format!("{program} ended right after the guest's line"))?;
-                    let seconds = at.duration_since(start).as_secs_f64();
-                    return Ok(Boot { seconds, guest_seconds, memory });
-                }
-                if text.len() > KEPT {
-                    text.drain(..text.len() - KEPT / 2);
+/// Run `rows` with the command that `start` makes of them. An engine that hangs or ends at a row is started again for the
+/// rows after it. `tell` hears of each outcome as it comes.
+pub fn rows(
+    rows: &[&str],
+    patience: Duration,
+    on: Where,
+    start: impl Fn(&[&str]) -> Command,
+    mut tell: impl FnMut(&str, &Outcome),
+) -> Vec<(String, Outcome)> {
+    let mut outcomes: Vec<(String, Outcome)> = Vec::new();
+    while outcomes.len() < rows.len() {
+        let left = &rows[outcomes.len()..];
+        let mut list = List { on, cpu_begin: 0.0, cpu: 0.0 };
+        let before = outcomes.len();
+        let ended = watch(start(left), patience, |said| {
+            let mut progress = false;
+            while let Some(line) = said.line() {
+                match list.line(&line, || cpu_seconds(said.pid)) {
+                    Heard::Nothing => {}
+                    Heard::Progress => progress = true,
+                    Heard::Outcome(name, outcome) => {
+                        progress = true;
+                        // Anything else would be a row that nobody asked for.
+                        if rows.get(outcomes.len()).is_some_and(|r| *r == name) {
+                            tell(&name, &outcome);
+                            outcomes.push((name, outcome));
+                        }
+                    }
+                    Heard::Done => return ControlFlow::Break(()),
                 }
             }
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                return Err(format!("no user space within {} s; {}", limit.as_secs(), tail(&text)));
+            ControlFlow::Continue(progress)
+        });
+        if outcomes.len() < rows.len() {
+            let name = rows[outcomes.len()];
+            let why = ended.err().unwrap_or_else(|| "it left the row out".into());
+            // Nothing at all came, twice over: it does not boot.
+            let dead = outcomes.len() == before && before == 0;
+            let outcome = Err(why);
+            tell(name, &outcome);
+            outcomes.push((name.to_owned(), outcome));
+            if dead {
+                let missing = rows[outcomes.len()..].iter();
+                outcomes.extend(missing.map(|r| ((*r).to_owned(), Err("not run".to_owned()))));
             }
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                let status = child.0.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
-                return Err(format!("it ended ({status}) before user space; {}", tail(&text)));
+        }
+    }
+    outcomes
+}
+
+/// What a line of the runner in the guest meant.
+#[derive(Debug, PartialEq)]
+enum Heard {
+    Nothing,
+    Progress,
+    Outcome(String, Outcome),
+    Done,
+}
+
+/// Follows the runner's lines (see `workloads/run.c`).
+struct List {
+    on: Where,
+    cpu_begin: f64,
+    cpu: f64,
+}
+
+impl List {
+    fn line(&mut self, line: &str, cpu_now: impl FnOnce() -> f64) -> Heard {
+        // The kernel's own lines may come in between, and before the first.
+        let Some(at) = line.find("rfb-") else { return Heard::Nothing };
+        let mut words = line[at..].split_whitespace();
+        let (kind, name) = (words.next().unwrap_or_default(), words.next().unwrap_or_default().to_owned());
+        let rest: Vec<&str> = words.collect();
+        match (kind, rest.as_slice()) {
+            ("rfb-begin", _) => {
+                self.cpu_begin = cpu_now();
+                Heard::Progress
             }
+            ("rfb-stop", _) => {
+                self.cpu = cpu_now() - self.cpu_begin;
+                Heard::Progress
+            }
+            ("rfb-end", &[seconds, cpu, status, hash]) => {
+                let Ok(seconds) = seconds.parse::<f64>() else {
+                    return Heard::Outcome(name, Err(format!("an unreadable result: {line}")));
+                };
+                let outcome = if status == "0" {
+                    let own = cpu.parse::<f64>().ok();
+                    let cpu_seconds = own.map(|own| if self.on == Where::Host { own } else { self.cpu });
+                    Ok(Sample { seconds, cpu_seconds, hash: Some(hash.to_owned()), memory: None })
+                } else {
+                    Err(format!("it ended with status {status}"))
+                };
+                Heard::Outcome(name, outcome)
+            }
+            ("rfb-skip", why) => Heard::Outcome(name, Err(format!("skipped: {}", why.join(" ")))),
+            ("rfb-done", _) => Heard::Done,
+            _ => Heard::Nothing,
         }
     }
 }
 
-fn pump(mut stream: Box<dyn std::io::Read + Send>, to: &mpsc::Sender<(Instant, Vec<u8>)>) {
-    let mut buffer = [0; 4096];
-    while let Ok(n) = stream.read(&mut buffer) {
-        if n == 0 || to.send((Instant::now(), buffer[..n].to_vec())).is_err() {
-            return;
-        }
-    }
+/// Boot to the line of the test guest's first program, or to a text such as a login prompt.
+pub fn boot(command: Command, until: Option<&str>, ram: u64, patience: Duration) -> Outcome {
+    let program = command.get_program().to_owned();
+    watch(command, patience, |said| {
+        let there = match until {
+            None => ready(said.text).is_some(),
+            Some(text) => said.text.windows(text.len()).any(|w| w == text.as_bytes()),
+        };
+        if there { ControlFlow::Break(arrived(said, ram, &program)) } else { ControlFlow::Continue(false) }
+    })?
+}
+
+fn arrived(said: &Said<'_>, ram: u64, program: &OsStr) -> Outcome {
+    let cpu_seconds = cpu_seconds(said.pid);
+    let memory = memory::of(said.pid, ram)
+        .ok_or_else(|| format!("{} ended right after the guest's line", program.to_string_lossy()))?;
+    let seconds = said.at.duration_since(said.started).as_secs_f64();
+    Ok(Sample { seconds, cpu_seconds: Some(cpu_seconds), hash: None, memory: Some(memory) })
 }
 
 /// The guest's clock, once its line is there in full.
@@ -122,12 +163,6 @@ fn ready(text: &[u8]) -> Option<f64> {
     let at = text.windows(key.len()).rposition(|w| w == key)? + key.len();
     let end = text[at..].iter().position(|b| matches!(b, b'\r' | b'\n'))?;
     std::str::from_utf8(&text[at..at + end]).ok()?.trim().parse().ok()
-}
-
-fn tail(text: &[u8]) -> String {
-    let text = String::from_utf8_lossy(text);
-    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
-    format!("its last lines:\n{}", lines[lines.len().saturating_sub(8)..].join("\n"))
 }
 
 #[cfg(test)]
@@ -150,19 +185,38 @@ mod tests {
 
     #[test]
     fn a_boot_is_timed_and_its_memory_read() {
-        let boot =
-            boot(sh("echo 'ringfort-init: user space at 2.5'; read x"), 1 << 40, Duration::from_secs(60));
-        let boot = boot.expect("booted");
-        assert_eq!(boot.guest_seconds, 2.5);
-        assert!(boot.seconds > 0.0 && boot.memory.peak > 0);
+        let patience = Duration::from_secs(60);
+        let line = sh("echo 'ringfort-init: user space at 2.5'; read x");
+        let b = boot(line, None, 1 << 40, patience).expect("booted");
+        assert!(b.seconds > 0.0 && b.memory.is_some_and(|m| m.peak > 0));
+        let b = boot(sh("printf 'name login: '; read x"), Some("login: "), 1 << 40, patience);
+        assert!(b.is_ok_and(|b| b.hash.is_none()));
     }
 
     #[test]
-    fn failures_show_what_was_said() {
-        let e = boot(sh("echo no such option >&2; exit 2"), 1, Duration::from_secs(60)).expect_err("ended");
-        assert!(e.contains("exit status: 2") && e.contains("no such option"), "{e}");
-        let e = boot(sh("echo stuck; exec cat"), 1, Duration::from_millis(300)).expect_err("stuck");
-        assert!(e.contains("no user space") && e.contains("stuck"), "{e}");
-        assert!(boot(Command::new("/no/such/vmm"), 1, Duration::ZERO).is_err());
+    fn rows_go_on_after_one_that_ends_the_engine() {
+        let start = |left: &[&str]| match left {
+            ["a", ..] => sh("echo '[1.0] rfb-begin a'; echo rfb-stop a; echo rfb-end a 1.5 1.0 0 77; \
+                 echo rfb-begin b; exit 9"),
+            ["c", "d"] => sh("echo rfb-begin c; echo rfb-end c 0.5 0.1 0x100 78; \
+                 echo rfb-skip d no such thing; echo rfb-done; read x"),
+            other => panic!("{other:?}"),
+        };
+        let mut told = Vec::new();
+        let got = rows(&["a", "b", "c", "d"], Duration::from_secs(60), Where::Guest, start, |n, _| {
+            told.push(n.to_owned())
+        });
+        assert_eq!(told, ["a", "b", "c", "d"]);
+        let a = got[0].1.as_ref().expect("a");
+        assert_eq!((a.seconds, a.hash.as_deref()), (1.5, Some("77")));
+        let why = |n: usize| got[n].1.as_ref().expect_err("failed").clone();
+        assert!(why(1).contains("exit status: 9"), "{}", why(1));
+        assert!(why(2).contains("0x100") && why(3) == "skipped: no such thing", "{} {}", why(2), why(3));
+    }
+
+    #[test]
+    fn an_engine_that_says_nothing_is_not_started_for_every_row() {
+        let got = rows(&["a", "b"], Duration::from_secs(60), Where::Host, |_| sh("exit 1"), |_, _| {});
+        assert!(got[0].1.is_err() && got[1].1.as_ref().is_err_and(|e| e == "not run"));
     }
 }

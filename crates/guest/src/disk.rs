@@ -140,7 +140,8 @@ pub(crate) fn build(
     let sources = apt.get(progress, total)?.sources.clone();
     progress.step(APT_STEPS + 1, total, &format!("installing Debian {RELEASE} (about 100 packages)"));
     let archive = entry.join("root.tar");
-    bootstrap(tools, kernel, &sources, &archive, progress)?;
+    let what = Bootstrap { variant: "apt", packages: &PACKAGES, excluded: &[], kernel: Some(kernel) };
+    bootstrap(tools, &what, &sources, &archive, progress)?;
 
     progress.step(APT_STEPS + 2, total, "unpacking and setting up");
     let tree = entry.join("tree");
@@ -165,10 +166,22 @@ pub(crate) fn build(
     fs::remove_file(&archive).map_err(io_at("remove", &archive))
 }
 
-/// Make the root file system's archive, in whichever of mmdebstrap's modes works on this host.
-fn bootstrap(
+/// What mmdebstrap is to install.
+pub(crate) struct Bootstrap<'a> {
+    /// Its variant: which packages come unasked.
+    pub variant: &'a str,
+    /// Packages beyond those of the variant.
+    pub packages: &'a [&'a str],
+    /// Paths that are left out, beyond documentation and translations.
+    pub excluded: &'a [&'a str],
+    /// Whose modules are put in.
+    pub kernel: Option<&'a Kernel>,
+}
+
+/// Make a root file system's archive, in whichever of mmdebstrap's modes works on this host.
+pub(crate) fn bootstrap(
     tools: &Tools,
-    kernel: &Kernel,
+    what: &Bootstrap<'_>,
     sources: &Path,
     archive: &Path,
     progress: &mut dyn Progress,
@@ -185,13 +198,16 @@ fn bootstrap(
     for mode in modes {
         let mut command = Command::new(&tools.mmdebstrap);
         command.arg(format!("--mode={mode}"));
-        command.args(["--variant=apt", "--format=tar", "--architectures=amd64"]);
-        command.arg(format!("--include={}", PACKAGES.join(",")));
+        command.arg(format!("--variant={}", what.variant)).args(["--format=tar", "--architectures=amd64"]);
+        command.arg(format!("--include={}", what.packages.join(",")));
         command.args(["--aptopt=APT::Install-Recommends \"false\"", "--aptopt=Acquire::Languages \"none\""]);
         command.args(host_acquire_options().into_iter().map(|o| format!("--aptopt={o}")));
         command.args(EXCLUDED.map(|o| format!("--dpkgopt={o}")));
-        command.arg(format!("--customize-hook=copy-in {} /usr/lib/modules", quoted(&kernel.modules)));
-        command.arg(format!("--customize-hook=chroot \"$1\" depmod {}", kernel.version));
+        command.args(what.excluded.iter().map(|path| format!("--dpkgopt=path-exclude={path}")));
+        if let Some(kernel) = what.kernel {
+            command.arg(format!("--customize-hook=copy-in {} /usr/lib/modules", quoted(&kernel.modules)));
+            command.arg(format!("--customize-hook=chroot \"$1\" depmod {}", kernel.version));
+        }
         command.arg("--customize-hook=rm -f \"$1\"/etc/apt/apt.conf.d/99mmdebstrap \"$1\"/etc/resolv.conf");
         command.arg("--essential-hook=mkdir -p \"$1\"/usr/lib/modules");
         command.arg(RELEASE).arg(archive).arg(sources);

@@ -1,7 +1,7 @@
 //! The guests that `ringfort run` and the tests boot when nobody names a kernel: made from Debian's own packages,
 //! once, into the user's cache directory.
 //!
-//! Four entries live in the cache, each a folder named after the recipe that made it:
+//! These entries live in the cache, each a folder named after the recipe that made it:
 //!
 //! | entry | files | made from |
 //! |---|---|---|
@@ -9,6 +9,8 @@
 //! | `test-…` | `vmlinuz`, `initrd` | the kernel entry: busybox, virtio modules, a shell on the serial port |
 //! | `lab-…` | `vmlinuz`, `initrd` | the kernel entry: busybox, kvm-amd; see [`Lab`] |
 //! | `debian-…` | `vmlinuz`, `initrd`, `root.img` | the kernel entry and a Debian root file system |
+//! | `packages-…` | `root.tar`, `root.cpio` | packages that measuring and checking need |
+//! | `bench-…` and the like | `vmlinuz`, `initrd`, `own/` | the kernel, such packages, and C programs of the caller's |
 //!
 //! Packages come through the host's own apt (its sources, its keys, its proxy), with apt's state in a private
 //! folder, so nothing on the host changes and no root rights are needed; apt checks signatures and checksums. An
@@ -24,10 +26,12 @@ mod lab;
 mod modules;
 mod tar;
 mod tool;
+mod userland;
 
 pub use cache::cache_dir;
 pub use cpio::CpioWriter;
 pub use lab::{LAB, Lab, LabRun, ensure_lab};
+pub use userland::{Program, Userland, UserlandGuest, ensure_userland, unpack};
 
 use std::path::{Path, PathBuf};
 
