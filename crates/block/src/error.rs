@@ -62,6 +62,24 @@ pub enum BlockError {
         /// What is wrong.
         what: String,
     },
+    /// An image of a format that is only read cannot be right.
+    #[error("disk image {}: damaged {format} image: {what}; restore a backup, or mend it with the program that made it", path.display())]
+    Broken {
+        /// The image.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+        /// What is wrong.
+        what: String,
+    },
+    /// A format that is only read was to be written.
+    #[error("disk image {}: is in {format} format, which can only be read; attach it with readonly=on, or convert it (ringfort img convert -O qcow2)", path.display())]
+    OnlyRead {
+        /// The image.
+        path: PathBuf,
+        /// Its format.
+        format: &'static str,
+    },
     /// Something that is not supported.
     #[error("disk image {}: uses {what}, which is not supported; convert it with the program that made it", path.display())]
     Feature {

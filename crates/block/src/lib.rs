@@ -16,6 +16,7 @@ mod buffer;
 mod error;
 pub mod format;
 mod gate;
+pub mod job;
 pub mod node;
 mod overlay;
 pub mod storage;

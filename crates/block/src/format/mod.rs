@@ -1,11 +1,13 @@
 //! Image formats: what the bytes of a file mean.
 
+mod import;
 pub mod qcow2;
 mod raw;
 
 pub use qcow2::Qcow2;
 pub use raw::Raw;
 
+use crate::node::Joint;
 use crate::storage::{FileStorage, StorageOptions};
 use crate::{BlockBackend, BlockError, SharedSliceMut};
 use serde::{Deserialize, Serialize};
@@ -23,7 +25,19 @@ pub enum Format {
     Raw,
     /// QEMU's format: grows as needed, snapshots, backing files.
     Qcow2,
+    /// VMware's: read only.
+    Vmdk,
+    /// Virtual PC's (VHD): read only.
+    Vpc,
+    /// Hyper-V's: read only.
+    Vhdx,
+    /// VirtualBox's: read only.
+    Vdi,
 }
+
+/// All formats.
+const FORMATS: [Format; 6] =
+    [Format::Raw, Format::Qcow2, Format::Vmdk, Format::Vpc, Format::Vhdx, Format::Vdi];
 
 impl Format {
     /// The name in options.
@@ -31,18 +45,27 @@ impl Format {
         match self {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
+            Format::Vmdk => "vmdk",
+            Format::Vpc => "vpc",
+            Format::Vhdx => "vhdx",
+            Format::Vdi => "vdi",
         }
+    }
+
+    /// Whether images of this format can be made and changed.
+    pub fn writable(self) -> bool {
+        matches!(self, Format::Raw | Format::Qcow2)
     }
 }
 
 impl std::str::FromStr for Format {
     type Err = String;
     fn from_str(s: &str) -> Result<Format, String> {
-        match s {
-            "raw" => Ok(Format::Raw),
-            "qcow2" => Ok(Format::Qcow2),
-            other => Err(format!("disk format {other:?} is not supported; supported: raw, qcow2")),
-        }
+        let found = FORMATS.into_iter().find(|f| f.name() == s || s == "vhd" && *f == Format::Vpc);
+        found.ok_or_else(|| {
+            let names: Vec<&str> = FORMATS.iter().map(|f| f.name()).collect();
+            format!("disk format {s:?} is not supported; supported: {}", names.join(", "))
+        })
     }
 }
 
@@ -81,10 +104,11 @@ impl Default for ImageOptions {
 }
 
 /// First bytes by which other formats are known.
-const MAGICS: [(&[u8], &str); 7] = [
+const MAGICS: [(&[u8], &str); 8] = [
     (b"QFI\xfb", "qcow2"),
     (b"QED\0", "qed"),
     (b"KDMV", "vmdk"),
+    (b"COWD", "vmdk"),
     (b"# Disk DescriptorFile", "vmdk"),
     (b"conectix", "vpc"),
     (b"vhdxfile", "vhdx"),
@@ -128,13 +152,11 @@ fn open_storage_as(
     options: &ImageOptions,
     chain: &Chain,
 ) -> Result<Arc<dyn BlockBackend>, BlockError> {
-    match options.format {
-        Some(Format::Raw) => Ok(Arc::new(Raw::new(storage))),
-        Some(Format::Qcow2) => Ok(Arc::new(Qcow2::open_in(storage, options, chain)?)),
-        None => match detect(&storage)? {
-            Format::Raw => Ok(Arc::new(Raw::guarded(storage))),
-            Format::Qcow2 => Ok(Arc::new(Qcow2::open_in(storage, options, chain)?)),
-        },
+    match (options.format, options.format.map_or_else(|| detect(&storage), Ok)?) {
+        (Some(_), Format::Raw) => Ok(Arc::new(Raw::new(storage))),
+        (None, Format::Raw) => Ok(Arc::new(Raw::guarded(storage))),
+        (_, Format::Qcow2) => Ok(Arc::new(Qcow2::open_in(storage, options, chain)?)),
+        (_, other) => import::open(storage, other, options, chain),
     }
 }
 
@@ -146,8 +168,9 @@ pub fn detect(storage: &FileStorage) -> Result<Format, BlockError> {
     let path = storage.path();
     match probe(storage).map_err(|e| BlockError::host(path, "cannot read", e))? {
         None => Ok(Format::Raw),
-        Some("qcow2") => Ok(Format::Qcow2),
-        Some(found) => Err(BlockError::Format { path: path.into(), found }),
+        Some(found) => {
+            found.parse().map_err(|_| BlockError::Format { path: path.into(), found })
+        }
     }
 }
 
@@ -203,7 +226,7 @@ fn open_backing(
     format: Option<&str>,
     options: &ImageOptions,
     chain: &Chain,
-) -> Result<Arc<dyn BlockBackend>, BlockError> {
+) -> Result<Arc<Joint>, BlockError> {
     let path = top.path();
     if options.format.is_none() && !options.backing_trusted {
         return Err(BlockError::Reference { path: path.into(), name: name.into() });
@@ -230,7 +253,7 @@ fn open_backing(
         ImageOptions { format, read_only: true, backing_trusted: false, repairing: false, ..*options };
     let storage = open_storage(&relative_to(path, name), &below)?;
     let chain = chain.with(path, &storage)?;
-    open_storage_as(storage, &below, &chain)
+    Ok(Arc::new(Joint::new(open_storage_as(storage, &below, &chain)?)))
 }
 
 /// Whether these first bytes make an image look like something other than raw.

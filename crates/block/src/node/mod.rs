@@ -6,9 +6,11 @@
 mod cache;
 pub mod fault;
 mod joint;
+mod range;
 pub mod throttle;
 
 pub use cache::{CacheMode, Tuned};
 pub use fault::{Fault, Faulty};
 pub use joint::Joint;
+pub use range::{Concat, Window};
 pub use throttle::{Bucket, Throttle, ThrottleConfig, Throttled};

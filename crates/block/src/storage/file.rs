@@ -42,6 +42,8 @@ pub struct FileStorage {
     sector: u32,
     physical: u32,
     direct: Option<Direct>,
+    /// Whether [`sync`](Self::sync) does anything.
+    syncs: bool,
     /// Whether the file system answers "not in the page cache" (RWF_NOWAIT).
     nowait: AtomicBool,
     /// Whether it can punch holes, and zero ranges.
@@ -138,6 +140,7 @@ impl FileStorage {
             physical,
             nowait: AtomicBool::new(direct.is_none()),
             direct,
+            syncs: true,
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
         })
@@ -154,10 +157,18 @@ impl FileStorage {
             sector: SECTOR_SIZE as u32,
             physical: 4096,
             direct: None,
+            syncs: true,
             nowait: AtomicBool::new(true),
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
         }
+    }
+
+    /// The same file, whose writes are left to the host's page cache even when they are to be made durable: for work
+    /// that is done again from the start if the host goes down (cache=unsafe).
+    #[must_use]
+    pub fn without_syncs(self) -> FileStorage {
+        FileStorage { syncs: false, ..self }
     }
 
     /// What tells this file from all others: device and inode.
@@ -329,7 +340,7 @@ impl FileStorage {
     /// # Errors
     /// The host's.
     pub fn sync(&self) -> io::Result<()> {
-        if self.read_only { Ok(()) } else { self.file.sync_data() }
+        if self.read_only || !self.syncs { Ok(()) } else { self.file.sync_data() }
     }
 
     /// Make a file longer (with zeroes) or shorter. A block device keeps its size.

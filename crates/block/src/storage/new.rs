@@ -72,16 +72,35 @@ impl NewFile {
         Ok(FileStorage::anonymous(file, self.target.clone(), len))
     }
 
+    /// The file opened for direct I/O, as [`storage`](Self::storage).
+    ///
+    /// # Errors
+    /// [`BlockError`] says what the file system does not offer.
+    pub fn direct_storage(&self) -> Result<FileStorage, BlockError> {
+        let name = PathBuf::from(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        FileStorage::open_any_size(&name, StorageOptions { read_only: false, direct: true, lock: false })
+    }
+
     /// Make it durable and give it its name.
     ///
     /// # Errors
     /// [`BlockError::Host`].
     pub fn publish(mut self) -> Result<(), BlockError> {
-        self.try_publish().map_err(|e| BlockError::host(&self.target, "cannot put in place", e))
+        self.try_publish(true).map_err(|e| BlockError::host(&self.target, "cannot put in place", e))
     }
 
-    fn try_publish(&mut self) -> io::Result<()> {
-        self.file.sync_all()?;
+    /// Give it its name; that it reaches the disk is left to the host.
+    ///
+    /// # Errors
+    /// [`BlockError::Host`].
+    pub fn publish_without_sync(mut self) -> Result<(), BlockError> {
+        self.try_publish(false).map_err(|e| BlockError::host(&self.target, "cannot put in place", e))
+    }
+
+    fn try_publish(&mut self, sync: bool) -> io::Result<()> {
+        if sync {
+            self.file.sync_all()?;
+        }
         if !self.named {
             let from = std::ffi::CString::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
             let to = std::ffi::CString::new(self.temporary.as_os_str().as_bytes())?;
@@ -102,6 +121,9 @@ impl NewFile {
         }
         std::fs::rename(&self.temporary, &self.target)?;
         self.named = false;
+        if !sync {
+            return Ok(());
+        }
         let dir = self.target.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
         File::open(dir)?.sync_all()
     }

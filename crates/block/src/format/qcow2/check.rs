@@ -1,10 +1,11 @@
 //! Checking and mending: what refers to a cluster is counted anew and compared with the refcounts.
 
 use super::Qcow2;
-use super::header::{EXT_BITMAPS, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAX_L1, MAX_REFTABLE};
-use super::meta::{COMPRESSED, COPIED, Meta, OFFSET, read_words};
+use super::header::{INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAX_L1, MAX_REFTABLE};
+use super::meta::{COMPRESSED, COPIED, Meta, OFFSET, compressed, read_words};
 use super::table::{Table, damaged, write_pieces};
 use crate::SharedSliceMut;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 
@@ -62,26 +63,71 @@ impl Report {
 /// Counts by cluster, in chunks that are made when something refers to them: a sparse file costs nothing.
 #[derive(Default)]
 struct Counts {
-    chunks: BTreeMap<u64, Box<[u32]>>,
+    index: BTreeMap<u64, usize>,
+    chunks: Vec<Box<[u32]>>,
+    /// The chunk used last: neighbours come one after the other.
+    last: Cell<Option<(u64, usize)>>,
 }
 
 const CHUNK: u64 = 4096;
 
 impl Counts {
-    fn add(&mut self, c: u64) {
-        let chunk = self.chunks.entry(c / CHUNK).or_insert_with(|| vec![0; CHUNK as usize].into());
-        let n = &mut chunk[(c % CHUNK) as usize];
-        *n = n.saturating_add(1);
+    fn chunk(&self, key: u64) -> Option<usize> {
+        match self.last.get() {
+            Some((k, i)) if k == key => Some(i),
+            _ => {
+                let i = *self.index.get(&key)?;
+                self.last.set(Some((key, i)));
+                Some(i)
+            }
+        }
+    }
+
+    fn add(&mut self, c: u64, n: u32) {
+        let key = c / CHUNK;
+        let i = self.chunk(key).unwrap_or_else(|| {
+            self.chunks.push(vec![0; CHUNK as usize].into());
+            self.index.insert(key, self.chunks.len() - 1);
+            self.chunks.len() - 1
+        });
+        let n_now = &mut self.chunks[i][(c % CHUNK) as usize];
+        *n_now = n_now.saturating_add(n);
     }
 
     fn get(&self, c: u64) -> u64 {
-        self.chunks.get(&(c / CHUNK)).map_or(0, |x| u64::from(x[(c % CHUNK) as usize]))
+        self.chunk(c / CHUNK).map_or(0, |i| u64::from(self.chunks[i][(c % CHUNK) as usize]))
+    }
+
+    /// The first cluster from `c` on whose chunk exists.
+    fn next(&self, c: u64) -> Option<u64> {
+        self.index.range(c / CHUNK..).next().map(|(k, _)| (k * CHUNK).max(c))
     }
 
     /// One more than the last cluster counted.
     fn end(&self) -> u64 {
-        let last = self.chunks.iter().next_back();
+        let last = self.index.iter().next_back().map(|(k, i)| (k, &self.chunks[*i]));
         last.map_or(0, |(k, x)| k * CHUNK + x.iter().rposition(|n| *n != 0).map_or(0, |p| p as u64 + 1))
+    }
+}
+
+/// Counts references and notes those that cannot be.
+struct Counter<'a> {
+    counts: Counts,
+    report: &'a mut Report,
+    cluster: u64,
+    /// Clusters in the file.
+    clusters: u64,
+}
+
+impl Counter<'_> {
+    /// `weight` references to everything in a range of the file.
+    fn range(&mut self, offset: u64, len: u64, weight: u32, what: &str) {
+        let (first, end) = (offset / self.cluster, offset.saturating_add(len).div_ceil(self.cluster));
+        if len > 0 && (first >= self.clusters || end > self.clusters) {
+            self.report.corrupt(format!("{what} at offset {offset:#x} lies outside the image file"));
+            return;
+        }
+        (first..end).for_each(|c| self.counts.add(c, weight));
     }
 }
 
@@ -130,176 +176,185 @@ impl Qcow2 {
     }
 
     /// Count all references; with or without the refcount structures themselves.
-    fn count(&self, r: &mut Report, refcounts: bool) -> io::Result<Counts> {
+    fn count(&self, report: &mut Report, refcounts: bool) -> io::Result<Counts> {
         let cluster = self.shape.cluster;
         let h = self.header();
-        let mut counts = Counts::default();
         let clusters = self.file.len().div_ceil(cluster);
-        let mut range = |r: &mut Report, offset: u64, len: u64, what: &str| {
-            if len > 0
-                && (offset / cluster >= clusters || offset.saturating_add(len).div_ceil(cluster) > clusters)
-            {
-                r.corrupt(format!("{what} at offset {offset:#x} lies outside the image file"));
-                return;
-            }
-            for c in offset / cluster..(offset + len).div_ceil(cluster) {
-                counts.add(c);
-            }
-        };
-        range(r, 0, cluster, "header");
-        range(r, h.l1_offset, u64::from(h.l1_size) * 8, "L1 table");
+        let mut c = Counter { counts: Counts::default(), report, cluster, clusters };
+        c.range(0, cluster, 1, "header");
+        c.range(h.l1_offset, u64::from(h.l1_size) * 8, 1, "L1 table");
         if refcounts {
             let len = u64::from(h.reftable_clusters) * cluster;
-            range(r, h.reftable_offset, len, "refcount table");
+            c.range(h.reftable_offset, len, 1, "refcount table");
             match read_words(&self.file, h.reftable_offset, (len.min(MAX_REFTABLE) / 8) as usize) {
                 Ok(table) => {
                     for (i, e) in table.iter().enumerate().filter(|e| *e.1 != 0) {
                         if e % cluster != 0 {
-                            r.corrupt(format!(
+                            c.report.corrupt(format!(
                                 "refcount block {i} is not cluster aligned; refcount table entry corrupted"
                             ));
                         } else {
-                            range(r, *e, cluster, "refcount block");
+                            c.range(*e, cluster, 1, "refcount block");
                         }
                     }
                 }
-                Err(_) => r.check_errors += 1,
+                Err(_) => c.report.check_errors += 1,
             }
         }
-        let mut trees = vec![(read_words(&self.file, h.l1_offset, h.l1_size as usize)?, true)];
+        let active = read_words(&self.file, h.l1_offset, h.l1_size as usize)?;
+        // How often each L2 table is named: its content is counted once, with that weight.
+        let mut tables: BTreeMap<u64, u32> = BTreeMap::new();
+        let mut name_tables = |c: &mut Counter<'_>, l1: &[u64]| {
+            for entry in l1.iter().copied().filter(|e| e & OFFSET != 0) {
+                let at = entry & OFFSET;
+                if at.is_multiple_of(cluster) {
+                    let n = tables.entry(at).or_default();
+                    *n = n.saturating_add(1);
+                } else {
+                    c.report
+                        .corrupt(format!("L2 table at offset {at:#x}: not cluster aligned; L1 entry corrupted"));
+                }
+            }
+        };
+        name_tables(&mut c, &active);
         if h.snapshots > 0 {
             match self.read_snapshots(&h) {
                 Ok((list, len)) => {
-                    range(r, h.snapshots_offset, len, "snapshot table");
+                    c.range(h.snapshots_offset, len, 1, "snapshot table");
+                    let mut all = 0;
                     for s in &list {
                         let (at, size) = s.l1();
-                        if u64::from(size) > MAX_L1 || !at.is_multiple_of(cluster) {
-                            r.corrupt(format!(
+                        all += u64::from(size) * 8;
+                        if u64::from(size) > MAX_L1 || !at.is_multiple_of(cluster) || all > self.file.len() {
+                            c.report.corrupt(format!(
                                 "snapshot {} ({}): its L1 table is out of range",
                                 s.id, s.name
                             ));
                             continue;
                         }
-                        range(r, at, u64::from(size) * 8, "snapshot L1 table");
+                        c.range(at, u64::from(size) * 8, 1, "snapshot L1 table");
                         if let Ok(l1) = read_words(&self.file, at, size as usize) {
-                            trees.push((l1, false));
+                            name_tables(&mut c, &l1);
                         }
                     }
                 }
                 Err(e) => {
-                    r.check_errors += 1;
-                    r.say(format!("ERROR {e}"));
+                    c.report.check_errors += 1;
+                    c.report.say(format!("ERROR {e}"));
                 }
             }
         }
-        self.count_bitmaps(&h, r, &mut range)?;
-        let m_shape = { self.meta().header.clone() };
-        for (l1, active) in &trees {
-            for entry in l1.iter().copied().filter(|e| e & OFFSET != 0) {
-                let at = entry & OFFSET;
-                if !at.is_multiple_of(cluster) {
-                    r.corrupt(format!("L2 table at offset {at:#x}: not cluster aligned; L1 entry corrupted"));
-                    continue;
-                }
-                range(r, at, cluster, "L2 table");
-                let Ok(table) = read_words(&self.file, at, (cluster / 8) as usize) else { continue };
-                let mut next = None;
-                for desc in table.chunks_exact(m_shape.l2_words()).map(|w| w[0]) {
-                    self.count_entry(desc, *active, &mut next, r, &mut range);
-                }
+        if let Err(e) = self.count_bitmaps(&mut c) {
+            c.report.corrupt(e.to_string());
+        }
+        let mut bytes = vec![0; cluster as usize];
+        for at in active.iter().map(|e| e & OFFSET).filter(|at| *at != 0) {
+            if let Some(weight) = tables.remove(&at) {
+                self.count_table(at, weight, true, &mut bytes, &mut c)?;
             }
         }
-        r.total_clusters = h.size.div_ceil(cluster);
-        Ok(counts)
+        for (at, weight) in tables {
+            self.count_table(at, weight, false, &mut bytes, &mut c)?;
+        }
+        c.report.total_clusters = h.size.div_ceil(cluster);
+        Ok(c.counts)
+    }
+
+    /// Count an L2 table that `weight` L1 entries name, and what it names.
+    fn count_table(
+        &self,
+        at: u64,
+        weight: u32,
+        active: bool,
+        bytes: &mut [u8],
+        c: &mut Counter<'_>,
+    ) -> io::Result<()> {
+        let cluster = self.shape.cluster;
+        c.range(at, cluster, weight, "L2 table");
+        if at.saturating_add(cluster) > self.file.len() {
+            return Ok(());
+        }
+        self.file.read(&[SharedSliceMut::new(bytes)], at)?;
+        let step = if self.shape.subs > 1 { 16 } else { 8 };
+        let mut next = None;
+        for word in bytes.chunks_exact(step) {
+            let desc = word[..8].try_into().map_or(0, u64::from_be_bytes);
+            if desc != 0 {
+                self.count_entry(desc, weight, active, &mut next, c);
+            }
+        }
+        Ok(())
     }
 
     fn count_entry(
         &self,
         desc: u64,
+        weight: u32,
         active: bool,
         next: &mut Option<u64>,
-        r: &mut Report,
-        range: &mut impl FnMut(&mut Report, u64, u64, &str),
+        c: &mut Counter<'_>,
     ) {
         let cluster = self.shape.cluster;
         if desc & COMPRESSED != 0 {
-            let (at, len) = self.meta().compressed(desc);
+            let (at, len) = compressed(desc, cluster.trailing_zeros());
             if desc & COPIED != 0 {
-                r.corrupt(format!(
+                c.report.corrupt(format!(
                     "cluster {}: copied flag must never be set for compressed clusters",
                     at / cluster
                 ));
             }
             // The last sector may reach over the file's end.
-            let len = len.min(self.file.len().next_multiple_of(cluster).saturating_sub(at)).max(1);
-            range(r, at, len, "compressed cluster");
+            let len = len.min((c.clusters * cluster).saturating_sub(at)).max(1);
+            c.range(at, len, weight, "compressed cluster");
             if active {
-                (r.compressed_clusters, r.allocated_clusters) =
-                    (r.compressed_clusters + 1, r.allocated_clusters + 1);
-                r.fragmented_clusters += 1;
+                c.report.compressed_clusters += 1;
+                c.report.allocated_clusters += 1;
+                c.report.fragmented_clusters += 1;
             }
             return;
         }
         let at = desc & OFFSET;
         if self.shape.external {
-            r.allocated_clusters += u64::from(active && desc & COPIED != 0);
+            c.report.allocated_clusters += u64::from(active && desc & COPIED != 0);
             return;
         }
         if at == 0 {
             return;
         }
         if !at.is_multiple_of(cluster) {
-            r.corrupt(format!("offset={at:x}: Cluster is not properly aligned; L2 entry corrupted."));
+            c.report.corrupt(format!("offset={at:x}: Cluster is not properly aligned; L2 entry corrupted."));
             return;
         }
-        range(r, at, cluster, "data cluster");
+        let n = at / cluster;
+        if n < c.clusters {
+            c.counts.add(n, weight);
+        } else {
+            c.range(at, cluster, weight, "data cluster");
+        }
         if active {
-            r.allocated_clusters += 1;
-            r.fragmented_clusters += u64::from(next.is_some_and(|n| n != at));
+            c.report.allocated_clusters += 1;
+            c.report.fragmented_clusters += u64::from(next.is_some_and(|n| n != at));
             *next = Some(at + cluster);
         }
     }
 
-    /// Persistent bitmaps: a directory of tables of clusters. They are not kept up here, but their clusters are theirs.
-    fn count_bitmaps(
-        &self,
-        h: &super::Header,
-        r: &mut Report,
-        range: &mut impl FnMut(&mut Report, u64, u64, &str),
-    ) -> io::Result<()> {
-        let Some((_, ext)) = h.extensions.iter().find(|e| e.0 == EXT_BITMAPS) else { return Ok(()) };
-        let num = |b: &[u8], at: usize, n: usize| {
-            b.get(at..at + n).map(|b| b.iter().fold(0u64, |v, &x| v << 8 | u64::from(x)))
-        };
-        let (Some(count), Some(len), Some(at)) = (num(ext, 0, 4), num(ext, 8, 8), num(ext, 16, 8)) else {
-            r.corrupt("the bitmaps extension is cut short".into());
-            return Ok(());
-        };
-        if count > 65535 || len > 64 << 20 || at.saturating_add(len) > self.file.len() {
-            r.corrupt("the bitmap directory lies outside the image".into());
-            return Ok(());
-        }
-        range(r, at, len, "bitmap directory");
-        let mut dir = vec![0; len as usize];
-        self.file.read(&[SharedSliceMut::new(&mut dir)], at)?;
-        let mut pos = 0;
-        for _ in 0..count {
-            let e = dir.get(pos..).unwrap_or(&[]);
-            let (Some(table), Some(size), Some(name), Some(extra)) =
-                (num(e, 0, 8), num(e, 8, 4), num(e, 18, 2), num(e, 20, 4))
-            else {
-                r.corrupt("the bitmap directory is cut short".into());
-                break;
-            };
-            range(r, table, size * 8, "bitmap table");
-            if let Ok(words) = read_words(&self.file, table, size.min(MAX_L1) as usize) {
-                words
-                    .iter()
-                    .map(|w| w & OFFSET)
-                    .filter(|o| *o != 0)
-                    .for_each(|o| range(r, o, self.shape.cluster, "bitmap data"));
+    /// Persistent bitmaps: a directory of tables of clusters.
+    fn count_bitmaps(&self, c: &mut Counter<'_>) -> io::Result<()> {
+        let Some((at, len)) = self.bitmap_directory_place()? else { return Ok(()) };
+        c.range(at, len, 1, "bitmap directory");
+        let mut all = 0;
+        for b in self.bitmaps()? {
+            let (table, size) = b.table();
+            all += u64::from(size) * 8;
+            if all > self.file.len() {
+                return Err(damaged("the bitmaps' tables are too large".into()));
             }
-            pos += (24 + name as usize + extra as usize).next_multiple_of(8);
+            c.range(table, u64::from(size) * 8, 1, "bitmap table");
+            for word in read_words(&self.file, table, size as usize).unwrap_or_default() {
+                if word & OFFSET != 0 {
+                    c.range(word & OFFSET, self.shape.cluster, 1, "bitmap data");
+                }
+            }
         }
         Ok(())
     }
@@ -312,73 +367,114 @@ impl Qcow2 {
                 (m.header.reftable_offset, u64::from(m.header.reftable_clusters) * self.shape.cluster / 8);
             m.reftable = read_words(&self.file, at, n as usize)?;
         }
-        let per = m.header.refblock_entries();
-        let covered = m.reftable.iter().rposition(|e| *e != 0).map_or(0, |p| (p as u64 + 1) * per);
+        let before = (r.leaks, r.corruptions);
+        let (per, order) = (m.header.refblock_entries(), m.header.refcount_order);
         let mut broken = false;
-        let mut unreadable = None;
-        let mut c = 0;
-        let end = covered.max(counts.end());
-        while c < end {
-            let block = c / per;
-            if m.reftable.get(block as usize).is_none_or(|e| *e == 0)
-                && counts.chunks.range(c / CHUNK..=(c + per) / CHUNK).next().is_none()
-            {
-                c = (block + 1) * per;
-                continue;
-            }
-            let want = counts.get(c);
-            let have = match m.refcount(c, &self.file) {
-                Ok(n) => n,
-                Err(_) => {
-                    if unreadable.replace(block) != Some(block) {
-                        r.corrupt(format!("refcount block {block} cannot be read"));
+        let mut have = Vec::new();
+        let mut block = 0;
+        loop {
+            // The next block that exists or should.
+            let named = m.reftable.iter().skip(block as usize).position(|e| *e != 0).map(|p| block + p as u64);
+            let counted = counts.next(block * per).map(|c| c / per);
+            let Some(b) = named.into_iter().chain(counted).min() else { break };
+            block = b + 1;
+            let offset = m.reftable.get(b as usize).map_or(0, |e| *e & !0x1ff);
+            for start in (0..per).step_by(CHUNK as usize) {
+                let n = (per - start).min(CHUNK);
+                let first = b * per + start;
+                have.clear();
+                if offset != 0 && !broken {
+                    match m.refblocks.load(b, offset, self.shape.cluster, &self.file) {
+                        Ok(t) => have.extend((start..start + n).map(|i| t.refcount(i as usize, order))),
+                        Err(_) => {
+                            r.corrupt(format!("refcount block {b} cannot be read"));
+                            broken = true;
+                        }
                     }
-                    broken = true;
-                    0
                 }
-            };
-            if have > 0 {
-                r.image_end = (c + 1) * self.shape.cluster;
-            }
-            if have > want {
-                r.leaks += 1;
-                r.say(format!("Leaked cluster {c} refcount={have} reference={want}"));
-                if repair != Repair::None && !broken {
-                    m.set_refcount(c, want, &self.file)?;
-                    m.free_hint = m.free_hint.min(c);
-                    r.leaks_fixed += 1;
+                have.resize(n as usize, 0);
+                if have.iter().all(|n| *n == 0) && counts.next(first).is_none_or(|c| c >= first + n) {
+                    continue;
                 }
-            } else if have < want && !broken {
-                r.corrupt(format!("cluster {c} refcount={have} reference={want}"));
-                if repair == Repair::All
-                    && m.reftable.get(block as usize).is_some_and(|e| *e != 0)
-                    && want <= m.max_refcount()
-                {
-                    m.set_refcount(c, want, &self.file)?;
-                    r.corruptions_fixed += 1;
-                } else {
-                    broken = true;
+                for (c, &have) in (first..).zip(&have) {
+                    if have > 0 {
+                        r.image_end = (c + 1) * self.shape.cluster;
+                    }
+                    let want = counts.get(c);
+                    if have != want {
+                        broken |= self.differ(&mut m, c, have, want, broken, r, repair)?;
+                    }
                 }
             }
-            c += 1;
         }
+        // Where all counts are right, or were put right, what was counted is what they say.
+        let known = (before == (r.leaks, r.corruptions)).then_some(counts);
         // Wrong counts are no measure: once they are rebuilt the flags are looked at again.
-        self.compare_flags(&mut m, r, if broken { Repair::None } else { repair })?;
+        self.compare_flags(&mut m, known, r, if broken { Repair::None } else { repair })?;
         Ok(broken)
     }
 
-    /// The flag "refcount is one" of the active tables.
-    fn compare_flags(&self, m: &mut Meta, r: &mut Report, repair: Repair) -> io::Result<()> {
+    /// A refcount that is wrong; `true` when it cannot be mended in place.
+    #[allow(clippy::too_many_arguments, reason = "all of them describe one cluster")]
+    fn differ(
+        &self,
+        m: &mut Meta,
+        c: u64,
+        have: u64,
+        want: u64,
+        broken: bool,
+        r: &mut Report,
+        repair: Repair,
+    ) -> io::Result<bool> {
+        if have > want {
+            r.leaks += 1;
+            r.say(format!("Leaked cluster {c} refcount={have} reference={want}"));
+            if repair != Repair::None && !broken {
+                m.set_refcount(c, want, &self.file)?;
+                m.free_hint = m.free_hint.min(c);
+                r.leaks_fixed += 1;
+            }
+            return Ok(false);
+        }
+        if broken {
+            return Ok(false);
+        }
+        r.corrupt(format!("cluster {c} refcount={have} reference={want}"));
+        let block = c / m.header.refblock_entries();
+        if repair == Repair::All
+            && m.reftable.get(block as usize).is_some_and(|e| *e != 0)
+            && want <= m.max_refcount()
+        {
+            m.set_refcount(c, want, &self.file)?;
+            r.corruptions_fixed += 1;
+            return Ok(false);
+        }
+        Ok(true)
+    }
+
+    /// The flag "refcount is one" of the active tables; `known` holds the refcounts if they are right.
+    fn compare_flags(
+        &self,
+        m: &mut Meta,
+        known: Option<&Counts>,
+        r: &mut Report,
+        repair: Repair,
+    ) -> io::Result<()> {
         let words = m.header.l2_words();
         let cluster = self.shape.cluster;
+        // A count that cannot be read is reported already.
+        let count = |m: &mut Meta, c: u64| match known {
+            Some(k) => k.get(c),
+            None => m.refcount(c, &self.file).unwrap_or(1),
+        };
+        let mut descs: Vec<u64> = Vec::new();
         for i in 0..m.l1.len() {
             let entry = m.l1[i];
             let at = entry & OFFSET;
             if at == 0 || !at.is_multiple_of(cluster) {
                 continue;
             }
-            // A count that cannot be read is reported already.
-            let refcount = m.refcount(at / cluster, &self.file).unwrap_or(1);
+            let refcount = count(m, at / cluster);
             if (refcount == 1) != (entry & COPIED != 0) {
                 r.corrupt(format!(
                     "OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}"
@@ -389,14 +485,16 @@ impl Qcow2 {
                     r.corruptions_fixed += 1;
                 }
             }
-            for e in 0..(cluster / 8) as usize / words {
-                let Ok(Some(table)) = m.table(i as u64, &self.file) else { break };
-                let desc = table.word(e * words);
+            descs.clear();
+            if let Ok(Some(t)) = m.table(i as u64, &self.file) {
+                descs.extend((0..(cluster / 8) as usize / words).map(|e| t.word(e * words)));
+            }
+            for (e, &desc) in descs.iter().enumerate() {
                 let at = desc & OFFSET;
                 if self.shape.external || desc & COMPRESSED != 0 || at == 0 || !at.is_multiple_of(cluster) {
                     continue;
                 }
-                let refcount = m.refcount(at / cluster, &self.file).unwrap_or(1);
+                let refcount = count(m, at / cluster);
                 if (refcount == 1) == (desc & COPIED != 0) {
                     continue;
                 }
@@ -410,13 +508,26 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Write new refcount structures behind everything else, and name them in the header.
     fn rebuild(&self, r: &mut Report) -> io::Result<()> {
+        let after = self.rebuild_refcounts(None)?;
+        r.leaks_fixed = r.leaks;
+        r.corruptions_fixed = r.corruptions.saturating_sub(after.corruptions - after.corruptions_fixed);
+        Ok(())
+    }
+
+    /// Write new refcount structures behind everything else, and name them in the header; with refcounts of
+    /// `1 << order` bits, or as wide as before. Gives what a check finds afterwards.
+    pub(super) fn rebuild_refcounts(&self, order: Option<u32>) -> io::Result<Report> {
         self.commit().or_else(|e| if e.kind() == io::ErrorKind::InvalidData { Ok(()) } else { Err(e) })?;
         let counts = self.count(&mut Report::default(), false)?;
         let mut m = self.meta();
-        let (cluster, per, order) =
-            (self.shape.cluster, m.header.refblock_entries(), m.header.refcount_order);
+        let mut header = m.header.clone();
+        header.refcount_order = order.unwrap_or(header.refcount_order);
+        let (cluster, per, order) = (self.shape.cluster, header.refblock_entries(), header.refcount_order);
+        let most = match header.refcount_bits() {
+            64 => u64::MAX,
+            bits => (1 << bits) - 1,
+        };
         let start = self.file.len().div_ceil(cluster).max(counts.end());
         let (mut blocks, mut table) = (1, 1);
         while blocks * per < start + blocks + table || table * cluster < blocks * 8 {
@@ -433,10 +544,11 @@ impl Qcow2 {
                 let c = b * per + i;
                 let own = (start..start + blocks + table).contains(&c);
                 let n = if own { 1 } else { counts.get(c) };
-                if n > m.max_refcount() {
-                    return Err(damaged(format!(
-                        "cluster {c} is used {n} times, more than its refcount can say"
-                    )));
+                if n > most {
+                    return Err(io::Error::new(
+                        io::ErrorKind::Unsupported,
+                        format!("cluster {c} is used {n} times, more than a refcount of {} bits can say", 1 << order),
+                    ));
                 }
                 if n != 0 {
                     t.set_refcount(i as usize, order, n);
@@ -447,20 +559,17 @@ impl Qcow2 {
         }
         write_pieces(&self.file, &[((start + blocks) * cluster, super::meta::words_to_bytes(&reftable))])?;
         self.file.sync()?;
-        m.header.reftable_offset = (start + blocks) * cluster;
-        m.header.reftable_clusters = table as u32;
-        m.header.write(&self.file)?;
+        header.reftable_offset = (start + blocks) * cluster;
+        header.reftable_clusters = table as u32;
+        header.write(&self.file)?;
         self.file.sync()?;
-        let fresh = Meta::load(m.header.clone(), &self.file, true)?;
-        *m = fresh;
+        *m = Meta::load(header, &self.file, true)?;
         drop(m);
         // What counts now.
         let mut after = Report::default();
         let counts = self.count(&mut after, true)?;
         self.compare(&counts, &mut after, Repair::All)?;
         self.commit()?;
-        r.leaks_fixed = r.leaks;
-        r.corruptions_fixed = r.corruptions.saturating_sub(after.corruptions - after.corruptions_fixed);
-        Ok(())
+        Ok(after)
     }
 }

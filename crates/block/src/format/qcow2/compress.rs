@@ -136,6 +136,7 @@ impl Qcow2 {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let g = offset / cluster;
+        self.record(offset, cluster.min(crate::BlockBackend::size(self) - offset))?;
         {
             let _shared = self.gate.share();
             let mut m = self.wait_for_cluster(g);

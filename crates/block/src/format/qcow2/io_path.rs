@@ -3,6 +3,7 @@
 use super::Qcow2;
 use super::meta::{COMPRESSED, COPIED, Entry, Meta, OFFSET, ZERO};
 use super::table::damaged;
+use crate::BlockBackend as _;
 use crate::{Located, SharedSlice, SharedSliceMut, scatter, slice_of, slice_of_mut, total, total_mut};
 use std::io;
 use std::sync::PoisonError;
@@ -540,6 +541,11 @@ impl Qcow2 {
         let last =
             if end == self.size.load(Ordering::Acquire) { end.div_ceil(cluster) } else { end / cluster };
         (first, last.max(first))
+    }
+
+    /// Take what guest cluster `g` holds out of the tables.
+    pub(super) fn forget_cluster(&self, g: u64) -> io::Result<()> {
+        self.empty_cluster(g, false, false)
     }
 
     pub(super) fn discard_range(&self, offset: u64, len: u64) -> io::Result<()> {

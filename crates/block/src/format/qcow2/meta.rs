@@ -386,10 +386,7 @@ impl Meta {
 
     /// Where compressed data lies, and its length at most.
     pub fn compressed(&self, desc: u64) -> (u64, u64) {
-        let x = 62 - (self.header.cluster_bits - 8);
-        let offset = desc & ((1 << x) - 1);
-        let sectors = (desc & !(COPIED | COMPRESSED)) >> x;
-        (offset, (sectors + 1) * 512 - (offset & 511))
+        compressed(desc, self.header.cluster_bits)
     }
 
     /// The descriptor of compressed data.
@@ -398,6 +395,14 @@ impl Meta {
         let sectors = (offset + len - 1) / 512 - offset / 512;
         COMPRESSED | sectors << x | offset
     }
+}
+
+/// Where the compressed data of a descriptor lies, and its length at most.
+pub fn compressed(desc: u64, cluster_bits: u32) -> (u64, u64) {
+    let x = 62 - (cluster_bits - 8);
+    let offset = desc & ((1 << x) - 1);
+    let sectors = (desc & !(COPIED | COMPRESSED)) >> x;
+    (offset, (sectors + 1) * 512 - (offset & 511))
 }
 
 fn read_entry(t: &Table, word: usize, wide: bool) -> Entry {

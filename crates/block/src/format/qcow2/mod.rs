@@ -10,29 +10,35 @@
 //!    used again, so that no late request reaches a cluster that has become another's.
 //! 3. `meta`: the tables.
 
+mod amend;
+pub mod bitmap;
 pub mod check;
 mod compress;
 pub mod create;
 pub mod header;
 mod io_path;
+mod maintain;
 mod meta;
 pub mod snapshot;
 mod table;
 #[cfg(test)]
 mod tests;
 
+pub use amend::Changes;
 pub use create::{CreateOptions, create};
 pub use header::Header;
 pub use io_path::{Extent, ExtentKind};
+pub use maintain::Preallocation;
 
 use crate::gate::Gate;
+use crate::node::Joint;
 use crate::storage::{FileStorage, StorageOptions};
 use crate::{
     BlockBackend, BlockError, ImageOptions, Limits, SECTOR_SIZE, SharedSlice, SharedSliceMut, Status,
     check_range,
 };
 use crate::{Located, total, total_mut};
-use header::{AUTOCLEAR_RAW_DATA, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY};
+use header::{AUTOCLEAR_BITMAPS, AUTOCLEAR_RAW_DATA, INCOMPAT_CORRUPT, INCOMPAT_DATA_FILE, INCOMPAT_DIRTY};
 use meta::Meta;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -57,7 +63,7 @@ struct Shape {
 pub struct Qcow2 {
     file: FileStorage,
     data: Option<FileStorage>,
-    backing: Option<Arc<dyn BlockBackend>>,
+    backing: Option<Arc<Joint>>,
     shape: Shape,
     read_only: bool,
     size: AtomicU64,
@@ -68,6 +74,8 @@ pub struct Qcow2 {
     unpacked: compress::Cache,
     /// A commit is due although nobody asked for one: memory for tables or the list of freed clusters is full.
     overdue: AtomicBool,
+    /// Writes are recorded in persistent bitmaps.
+    recording: bitmap::Recording,
 }
 
 impl Qcow2 {
@@ -102,7 +110,42 @@ impl Qcow2 {
     pub fn with_backing(
         storage: FileStorage,
         header: Header,
-        backing: Option<Arc<dyn BlockBackend>>,
+        backing: Option<Arc<Joint>>,
+        options: &ImageOptions,
+    ) -> Result<Qcow2, BlockError> {
+        let path = storage.path();
+        let data = match (&header.data_file, header.incompatible & INCOMPAT_DATA_FILE != 0) {
+            (Some(name), true) => {
+                if options.format.is_none() && !options.backing_trusted {
+                    return Err(BlockError::Reference { path: path.into(), name: name.clone() });
+                }
+                let options = StorageOptions {
+                    read_only: options.read_only,
+                    direct: options.direct,
+                    lock: options.lock,
+                };
+                Some(FileStorage::open_any_size(&super::relative_to(path, name), options)?)
+            }
+            (None, true) => {
+                return Err(BlockError::Damaged {
+                    path: path.into(),
+                    what: "it has an external data file, but does not name it".into(),
+                });
+            }
+            _ => None,
+        };
+        Qcow2::with_files(storage, header, data, backing, options)
+    }
+
+    /// Open an image with a given data file, if it has one, on a given backing disk.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn with_files(
+        storage: FileStorage,
+        header: Header,
+        data: Option<FileStorage>,
+        backing: Option<Arc<Joint>>,
         options: &ImageOptions,
     ) -> Result<Qcow2, BlockError> {
         let path: PathBuf = storage.path().into();
@@ -111,21 +154,6 @@ impl Qcow2 {
         if header.incompatible & INCOMPAT_CORRUPT != 0 && writable && !options.repairing {
             return Err(damaged("it is marked as corrupt".into()));
         }
-        let data = match (&header.data_file, header.incompatible & INCOMPAT_DATA_FILE != 0) {
-            (Some(name), true) => {
-                if options.format.is_none() && !options.backing_trusted {
-                    return Err(BlockError::Reference { path, name: name.clone() });
-                }
-                let options = StorageOptions {
-                    read_only: options.read_only,
-                    direct: options.direct,
-                    lock: options.lock,
-                };
-                Some(FileStorage::open_any_size(&super::relative_to(storage.path(), name), options)?)
-            }
-            (None, true) => return Err(damaged("it has an external data file, but does not name it".into())),
-            _ => None,
-        };
         let host = |e| BlockError::host(&path, "cannot read the tables", e);
         let size = header.size.next_multiple_of(SECTOR_SIZE);
         let shape = Shape {
@@ -149,6 +177,7 @@ impl Qcow2 {
             committing: Mutex::new(()),
             unpacked: compress::Cache::new(shape.cluster),
             overdue: AtomicBool::new(false),
+            recording: bitmap::Recording::default(),
         };
         if writable && !options.repairing {
             if dirty {
@@ -156,14 +185,16 @@ impl Qcow2 {
                 image.repair_in_place(check::Repair::All).map_err(host)?;
             }
             image.forget_autoclear().map_err(host)?;
+            image.prepare_recording();
         }
         Ok(image)
     }
 
-    /// Clear the autoclear bits of features that are not kept up (bitmaps), as the format demands before a write.
+    /// Clear the autoclear bits of features that are not known, as the format demands before a write. Bitmaps are kept
+    /// up (see `bitmap`).
     fn forget_autoclear(&self) -> io::Result<()> {
         let mut meta = self.meta();
-        let keep = if self.shape.external { AUTOCLEAR_RAW_DATA } else { 0 };
+        let keep = AUTOCLEAR_BITMAPS | if self.shape.external { AUTOCLEAR_RAW_DATA } else { 0 };
         if meta.header.autoclear & !keep != 0 {
             meta.header.autoclear &= keep;
             meta.header.write(&self.file)?;
@@ -191,7 +222,7 @@ impl Qcow2 {
     }
 
     /// The disk below.
-    pub fn backing(&self) -> Option<&Arc<dyn BlockBackend>> {
+    pub fn backing(&self) -> Option<&Arc<Joint>> {
         self.backing.as_ref()
     }
 
@@ -265,20 +296,27 @@ impl Qcow2 {
         let _alone = self.gate.alone();
         let mut m = self.meta();
         self.unpacked.clear();
-        for &(first, count) in pending {
-            for c in first..first + count {
-                m.adjust(c, 1, -1, &self.file)?;
-                if m.refcount(c, &self.file)? == 0 {
-                    if m.packed.is_some_and(|(_, end)| end == (c + 1) * self.shape.cluster) {
-                        m.packed = None;
-                    }
-                    let at = c * self.shape.cluster;
-                    let len = self.file.len().saturating_sub(at).min(self.shape.cluster);
-                    self.file.discard(at, len)?;
+        let discard = |first: u64, count: u64| {
+            let at = first * self.shape.cluster;
+            self.file.discard(at, self.file.len().saturating_sub(at).min(count * self.shape.cluster))
+        };
+        // Free clusters that follow each other go back in one request.
+        let mut free = (0, 0);
+        for c in pending.iter().flat_map(|&(first, count)| first..first + count) {
+            m.adjust(c, 1, -1, &self.file)?;
+            if m.refcount(c, &self.file)? == 0 {
+                if m.packed.is_some_and(|(_, end)| end == (c + 1) * self.shape.cluster) {
+                    m.packed = None;
+                }
+                if free.0 + free.1 == c {
+                    free.1 += 1;
+                } else {
+                    discard(free.0, free.1)?;
+                    free = (c, 1);
                 }
             }
         }
-        Ok(())
+        discard(free.0, free.1)
     }
 
     /// Whether metadata has changed since the last commit.
@@ -308,6 +346,7 @@ impl Qcow2 {
     /// # Errors
     /// The host's.
     pub fn close(self) -> io::Result<()> {
+        self.end_recording()?;
         BlockBackend::flush(&self)?;
         // Refcounts that went down after the last table was written.
         if self.read_only { Ok(()) } else { self.commit() }
@@ -317,6 +356,8 @@ impl Qcow2 {
 impl Drop for Qcow2 {
     fn drop(&mut self) {
         if !self.read_only {
+            // Bitmaps that could not be stored stay marked as in use, that is, of no use.
+            let _ = self.end_recording();
             for _ in 0..2 {
                 // Nobody is left to tell: what a failure leaves behind is as after a crash.
                 if !self.unsettled() || self.commit().is_err() {
@@ -359,7 +400,8 @@ impl BlockBackend for Qcow2 {
 
     fn locate(&self, write: bool, offset: u64, len: u64, found: &mut Located) -> io::Result<bool> {
         check_range(self.size(), offset, len)?;
-        if write && self.read_only {
+        // Writes that bitmaps record go the longer way.
+        if write && (self.read_only || self.records()) {
             return Ok(false);
         }
         let Some(shared) = self.gate.try_share() else { return Ok(false) };
@@ -374,6 +416,7 @@ impl BlockBackend for Qcow2 {
     fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
         self.writable()?;
         check_range(self.size(), offset, total(bufs))?;
+        self.record(offset, total(bufs))?;
         {
             let _shared = self.gate.share();
             self.write_range(bufs, offset)?;
@@ -388,6 +431,7 @@ impl BlockBackend for Qcow2 {
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         self.writable()?;
         check_range(self.size(), offset, len)?;
+        self.record(offset, len)?;
         {
             let _shared = self.gate.share();
             self.discard_range(offset, len)?;
@@ -398,6 +442,7 @@ impl BlockBackend for Qcow2 {
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.writable()?;
         check_range(self.size(), offset, len)?;
+        self.record(offset, len)?;
         {
             let _shared = self.gate.share();
             self.zero_range(offset, len, unmap)?;
@@ -440,6 +485,8 @@ impl BlockBackend for Qcow2 {
 
     fn resize(&self, size: u64) -> io::Result<()> {
         self.writable()?;
-        self.resize_to(size)
+        let kept = self.take_bitmaps()?;
+        self.resize_to(size)?;
+        self.put_bitmaps(kept)
     }
 }

@@ -268,14 +268,14 @@ impl Qcow2 {
         Ok(highest)
     }
 
-    fn find_snapshot(list: &[Snapshot], key: &str) -> io::Result<usize> {
+    pub(super) fn find_snapshot(list: &[Snapshot], key: &str) -> io::Result<usize> {
         let by_name = list.iter().position(|s| s.name == key);
         by_name
             .or_else(|| list.iter().position(|s| s.id == key))
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no snapshot {key:?}")))
     }
 
-    fn snapshot_l1(&self, s: &Snapshot) -> io::Result<Vec<u64>> {
+    pub(super) fn snapshot_l1(&self, s: &Snapshot) -> io::Result<Vec<u64>> {
         if u64::from(s.l1_size) > super::header::MAX_L1 || !s.l1_offset.is_multiple_of(self.shape.cluster) {
             return Err(damaged(format!("the L1 table of snapshot {:?} is out of range", s.name)));
         }
@@ -316,6 +316,13 @@ impl Qcow2 {
         let header = self.header();
         let (list, _) = self.read_snapshots(&header)?;
         let s = &list[Qcow2::find_snapshot(&list, key)?];
+        if s.disk_size != header.size && !self.bitmaps()?.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the snapshot is of another size than the image's bitmaps: remove them first",
+            ));
+        }
+        self.record(0, header.size)?;
         let mut l1: Vec<u64> = self.snapshot_l1(s)?.iter().map(|e| e & !COPIED).collect();
         let cluster = self.shape.cluster;
         let needed = header.l1_needed(s.disk_size).max(u64::from(header.l1_size));

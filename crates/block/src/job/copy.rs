@@ -1,0 +1,237 @@
+//! Copying a disk into another one.
+
+use super::{Job, STEP, in_steps};
+use crate::format::Qcow2;
+use crate::{BlockBackend, SharedSlice, SharedSliceMut};
+use std::io;
+use std::sync::Mutex;
+
+/// Where a copy goes.
+#[derive(Clone, Copy)]
+pub enum Target<'a> {
+    /// A disk.
+    Plain(&'a dyn BlockBackend),
+    /// A new image whose clusters are stored compressed.
+    Packed(&'a Qcow2),
+}
+
+impl<'a> Target<'a> {
+    fn disk(self) -> &'a dyn BlockBackend {
+        match self {
+            Target::Plain(d) => d,
+            Target::Packed(q) => q,
+        }
+    }
+}
+
+/// How to copy.
+#[derive(Clone, Copy)]
+pub struct CopyOptions<'a> {
+    /// Runs of zeroes of at least this many bytes are not written as data; 0 writes all.
+    pub sparse: u64,
+    /// The target reads as zeroes before, so that zeroes need no write at all.
+    pub blank: bool,
+    /// The target has a backing file of that many bytes with the content of what lies below the source's top layer: up
+    /// to there, only what the top layer holds is copied.
+    pub backed: Option<u64>,
+    /// Pieces that cannot be read count as zeroes; told with offset, length and the error.
+    #[allow(clippy::type_complexity, reason = "a callback")]
+    pub salvage: Option<&'a (dyn Fn(u64, u64, &io::Error) + Sync)>,
+    /// Threads.
+    pub threads: usize,
+}
+
+/// The smallest piece that is tried by itself after a failed read.
+const SECTOR: usize = 512;
+
+/// Copy all of `source` to the beginning of `target`.
+///
+/// # Errors
+/// The host's, or [`io::ErrorKind::Interrupted`] when the job is cancelled.
+pub fn copy(
+    source: &dyn BlockBackend,
+    target: Target<'_>,
+    options: &CopyOptions<'_>,
+    job: &Job<'_>,
+) -> io::Result<()> {
+    let cluster = match target {
+        Target::Packed(q) => q.header().cluster_size(),
+        Target::Plain(_) => STEP,
+    };
+    let c = Copy { source, target, options, cluster, order: Mutex::new(()) };
+    in_steps(source.size(), STEP, options.threads, |at, buffer| {
+        let moved = c.step(at, buffer)?;
+        job.advance(buffer.len() as u64, moved)
+    })
+}
+
+struct Copy<'a> {
+    source: &'a dyn BlockBackend,
+    target: Target<'a>,
+    options: &'a CopyOptions<'a>,
+    cluster: u64,
+    /// Salvage reads byte ranges one by one; once is enough at a time.
+    order: Mutex<()>,
+}
+
+/// What a piece of the source is to become.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Left to the target's backing file.
+    Below,
+    Zero,
+    Data,
+}
+
+impl Copy<'_> {
+    /// Copy the piece at `at` that fills `buffer`; gives the bytes that had to be read.
+    fn step(&self, at: u64, buffer: &mut [u8]) -> io::Result<u64> {
+        let len = buffer.len() as u64;
+        let (mut done, mut moved) = (0, 0);
+        let mut pieces: Vec<(u64, u64, Kind)> = Vec::new();
+        while done < len {
+            let (n, kind) = self.kind(at + done, len - done)?;
+            let part = &mut buffer[done as usize..(done + n) as usize];
+            match kind {
+                Kind::Data => {
+                    self.read(part, at + done)?;
+                    moved += n;
+                }
+                // Compressed clusters are stored whole, whatever their parts are.
+                Kind::Zero | Kind::Below => part.fill(0),
+            }
+            match pieces.last_mut() {
+                Some(last) if last.2 == kind => last.1 += n,
+                _ => pieces.push((done, n, kind)),
+            }
+            done += n;
+        }
+        if let Target::Packed(q) = self.target {
+            self.pack(q, at, buffer, &pieces)?;
+            return Ok(moved);
+        }
+        for (from, n, kind) in pieces {
+            match kind {
+                Kind::Below => {}
+                Kind::Zero if self.options.sparse > 0 => self.zeroes(at + from, n)?,
+                _ => self.data(at + from, &buffer[from as usize..(from + n) as usize])?,
+            }
+        }
+        Ok(moved)
+    }
+
+    fn kind(&self, at: u64, len: u64) -> io::Result<(u64, Kind)> {
+        let mut len = len;
+        let backed = self.options.backed.unwrap_or(0);
+        if at < backed {
+            len = len.min(backed - at);
+        }
+        let s = self.source.status(at, len)?;
+        let kind = if at < backed && (s.depth > 0 || !s.present) {
+            Kind::Below
+        } else if s.zero {
+            Kind::Zero
+        } else {
+            Kind::Data
+        };
+        Ok((s.len, kind))
+    }
+
+    fn read(&self, part: &mut [u8], at: u64) -> io::Result<()> {
+        let Err(e) = self.source.read_at(&[SharedSliceMut::new(part)], at) else { return Ok(()) };
+        let Some(tell) = self.options.salvage else { return Err(e) };
+        let _one = self.order.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for (i, piece) in part.chunks_mut(SECTOR).enumerate() {
+            let at = at + (i * SECTOR) as u64;
+            if let Err(e) = self.source.read_at(&[SharedSliceMut::new(piece)], at) {
+                piece.fill(0);
+                tell(at, piece.len() as u64, &e);
+            }
+        }
+        Ok(())
+    }
+
+    fn zeroes(&self, at: u64, len: u64) -> io::Result<()> {
+        if self.options.blank && self.options.backed.is_none_or(|b| at >= b) {
+            return Ok(());
+        }
+        self.target.disk().write_zeroes(at, len, true)
+    }
+
+    /// Runs of data and of zeroes, in units of what counts as a hole.
+    fn data(&self, at: u64, data: &[u8]) -> io::Result<()> {
+        let write = |from: usize, to: usize| {
+            self.target.disk().write_at(&[SharedSlice::new(&data[from..to])], at + from as u64)
+        };
+        if self.options.sparse == 0 {
+            return write(0, data.len());
+        }
+        let unit = self.options.sparse as usize;
+        // Units lie on multiples of themselves, so that a piece that starts oddly finds the same holes.
+        let end_of = |from: usize| (from + unit - (at as usize + from) % unit).min(data.len());
+        let mut from = 0;
+        while from < data.len() {
+            let mut to = end_of(from);
+            let kind = is_zero(&data[from..to]);
+            while to < data.len() && is_zero(&data[to..end_of(to)]) == kind {
+                to = end_of(to);
+            }
+            if kind {
+                self.zeroes(at + from as u64, (to - from) as u64)?;
+            } else {
+                write(from, to)?;
+            }
+            from = to;
+        }
+        Ok(())
+    }
+
+    fn pack(&self, q: &Qcow2, at: u64, data: &[u8], pieces: &[(u64, u64, Kind)]) -> io::Result<()> {
+        let cluster = self.cluster as usize;
+        let mut next = pieces.iter().peekable();
+        for (i, part) in data.chunks(cluster).enumerate() {
+            let (from, to) = ((i * cluster) as u64, (i * cluster + part.len()) as u64);
+            while next.peek().is_some_and(|p| p.0 + p.1 <= from) {
+                next.next();
+            }
+            let touching = || next.clone().take_while(|p| p.0 < to);
+            if touching().all(|p| p.2 == Kind::Below) {
+                continue;
+            }
+            let at = at + from;
+            let mixed = touching().any(|p| p.2 == Kind::Below);
+            if self.options.sparse > 0 && !mixed && is_zero(part) {
+                self.zeroes(at, part.len() as u64)?;
+            } else if mixed {
+                // A cluster is stored whole: what the top layer does not hold comes from below it.
+                let mut whole = vec![0; part.len()];
+                self.read(&mut whole, at)?;
+                pack_cluster(q, at, &whole, cluster)?;
+            } else {
+                pack_cluster(q, at, part, cluster)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn pack_cluster(q: &Qcow2, at: u64, part: &[u8], cluster: usize) -> io::Result<()> {
+    let packed = if part.len() < cluster {
+        // The disk ends in this cluster.
+        let mut whole = part.to_vec();
+        whole.resize(cluster, 0);
+        q.pack(&whole)?
+    } else {
+        q.pack(part)?
+    };
+    match packed {
+        Some(packed) => q.write_packed(at, &packed),
+        None => q.write_at(&[SharedSlice::new(part)], at),
+    }
+}
+
+/// Whether all bytes are zero; compares words.
+pub fn is_zero(data: &[u8]) -> bool {
+    let (words, rest) = data.as_chunks::<64>();
+    rest.iter().all(|b| *b == 0) && words.iter().all(|w| *w == [0; 64])
+}
