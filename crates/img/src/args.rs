@@ -9,6 +9,22 @@ pub struct Parsed {
     pub rest: Vec<String>,
 }
 
+/// How a file is used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Cache {
+    /// Past the host's page cache.
+    pub direct: bool,
+    /// What is written is on the disk at the end.
+    pub syncs: bool,
+}
+
+impl Cache {
+    /// Through the page cache, on the disk at the end.
+    pub const WRITEBACK: Cache = Cache { direct: false, syncs: true };
+    /// Through the page cache, and on the disk when the host likes.
+    pub const UNSAFE: Cache = Cache { direct: false, syncs: false };
+}
+
 /// Read `arguments`: `flags` take no value, `valued` take one. Names of one letter are letters.
 pub fn parse(arguments: &[String], flags: &[&str], valued: &[&str]) -> Result<Parsed, Failure> {
     let mut p = Parsed { options: Vec::new(), rest: Vec::new() };
@@ -66,6 +82,30 @@ impl Parsed {
     /// All values of an option.
     pub fn values<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a str> {
         self.options.iter().filter(move |o| o.0 == name).map(|o| o.1.as_str())
+    }
+
+    /// All options in order.
+    pub fn options(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.options.iter().map(|o| (o.0.as_str(), o.1.as_str()))
+    }
+
+    /// A cache mode: the value of `name`, or `usual`.
+    pub fn cache(&self, name: &str, usual: Cache) -> Result<Cache, Failure> {
+        match self.value(name) {
+            None => Ok(usual),
+            Some("none" | "off") => Ok(Cache { direct: true, syncs: true }),
+            Some("directsync") => Ok(Cache { direct: true, syncs: true }),
+            Some("writeback" | "writethrough") => Ok(Cache { direct: false, syncs: true }),
+            Some("unsafe") => Ok(Cache { direct: false, syncs: false }),
+            Some(other) => Err(Failure::new(format!(
+                "Invalid cache option: {other}; there are none, writeback, writethrough, directsync and unsafe"
+            ))),
+        }
+    }
+
+    /// `-r`: bytes per second.
+    pub fn rate(&self) -> Result<Option<u64>, Failure> {
+        self.value("r").map(crate::size::parse).transpose()
     }
 
     /// `--output`: whether it is JSON.

@@ -1,7 +1,8 @@
 //! `check`.
 
-use crate::args::parse;
-use crate::{Done, Failure, Streams, open};
+use crate::args::{Cache, parse};
+use crate::{Done, Failure, Streams, json, open};
+use open::How;
 use ringfort_block::ImageOptions;
 use ringfort_block::format::qcow2::check::Repair;
 use serde_json::json;
@@ -14,9 +15,10 @@ const LEAKS: u8 = 3;
 const UNSUPPORTED: u8 = 63;
 
 pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
-    let p = parse(arguments, &["q", "U"], &["f", "output", "r", "T"])?;
-    let json = p.json()?;
-    let path = p.one_file()?;
+    let p = parse(arguments, &["q", "U", "image-opts"], &["f", "output", "r", "T", "object"])?;
+    let as_json = p.json()?;
+    let (path, format) = open::name(p.one_file()?, p.value("f"), &p, "image-opts")?;
+    let cache = p.cache("T", Cache::WRITEBACK)?;
     let repair = match p.value("r") {
         None => Repair::None,
         Some("leaks") => Repair::Leaks,
@@ -24,7 +26,8 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
         Some(_) => return Err(Failure::new("Repair mode must be 'leaks' or 'all'")),
     };
     let options = |o| ImageOptions { backing: false, repairing: true, ..o };
-    let q = open::qcow2(path, p.value("f"), options, repair == Repair::None, &p)?;
+    let how = How { format: format.as_deref(), read_only: repair == Repair::None, cache };
+    let q = open::qcow2(&path, &how, options, &p)?;
     let q = q.ok_or_else(|| Failure::with(UNSUPPORTED, "This image format does not support checks"))?;
     let r = q.check(repair)?;
     if repair != Repair::None {
@@ -32,7 +35,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
     }
     let (corruptions, leaks) =
         (r.corruptions - r.corruptions_fixed.min(r.corruptions), r.leaks - r.leaks_fixed.min(r.leaks));
-    if json {
+    if as_json {
         let mut v = json!({
             "image-end-offset": r.image_end, "total-clusters": r.total_clusters, "check-errors": r.check_errors,
             "filename": path, "format": "qcow2",
@@ -49,7 +52,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
         for (k, n) in more.into_iter().filter(|m| m.1 != 0) {
             v[k] = n.into();
         }
-        writeln!(s.out, "{v:#}")?;
+        json::write(s.out, &v)?;
     } else if !p.has("q") {
         for line in &r.lines {
             writeln!(s.out, "{line}")?;

@@ -1,8 +1,9 @@
 //! `compare`.
 
-use crate::args::parse;
+use crate::args::{Cache, parse};
 use crate::progress::Progress;
 use crate::{Done, Failure, Streams, open};
+use open::How;
 use ringfort_block::{BlockBackend, SharedSliceMut};
 use std::io;
 
@@ -10,13 +11,18 @@ use std::io;
 const STEP: u64 = 2 << 20;
 
 pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
-    let p = parse(arguments, &["p", "q", "s", "U"], &["f", "F", "T"])?;
+    let p = parse(arguments, &["p", "q", "s", "U", "image-opts"], &["f", "F", "T", "object"])?;
     let [one, two] = p.rest.as_slice() else {
         return Err(Failure::new("Expecting two image file names"));
     };
     let error = |f: Failure| Failure { status: 2, ..f };
-    let (a, _) = open::image(one, p.value("f"), true, &p).map_err(error)?;
-    let (b, _) = open::image(two, p.value("F"), true, &p).map_err(error)?;
+    let cache = p.cache("T", Cache::WRITEBACK)?;
+    let image = |text: &str, format| {
+        let (path, format) = open::name(text, format, &p, "image-opts")?;
+        open::image(&path, &How { cache, ..How::reading(format.as_deref()) }, &p)
+    };
+    let (a, _) = image(one, p.value("f")).map_err(error)?;
+    let (b, _) = image(two, p.value("F")).map_err(error)?;
     let total = a.size().max(b.size());
     let shared = a.size().min(b.size());
     if a.size() != b.size() {

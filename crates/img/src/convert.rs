@@ -1,76 +1,93 @@
 //! `convert`: copy a disk into another image, by several threads.
 
-use crate::args::{pairs, parse};
-use crate::create::New;
+use crate::args::{Cache, pairs, parse};
+use crate::new::{Made, New, Opened, option_help, wants_help};
 use crate::progress::Progress;
 use crate::{Done, Failure, Streams, open, size};
+use open::How;
 use ringfort_block::format::Qcow2;
-use ringfort_block::storage::NewFile;
-use ringfort_block::{BlockBackend, Format, SharedSlice, SharedSliceMut, open_storage_image};
+use ringfort_block::format::qcow2::Preallocation;
+use ringfort_block::graph::Concat;
+use ringfort_block::job::{self, CopyOptions, Job, MAX_THREADS, Target};
+use ringfort_block::{BlockBackend, Format};
 use std::io;
 use std::os::unix::fs::FileTypeExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes that a thread takes at a time: a multiple of every cluster size.
-const STEP: u64 = 2 << 20;
-/// Most threads.
-const MAX_THREADS: usize = 16;
-
-/// Where the copy goes.
-enum Target {
-    Plain(Arc<dyn BlockBackend>),
-    Packed(Box<Qcow2>),
-}
-
-impl Target {
-    fn disk(&self) -> &dyn BlockBackend {
-        match self {
-            Target::Plain(d) => &**d,
-            Target::Packed(q) => &**q,
-        }
+/// Threads that `-m` says, or one for each CPU.
+pub fn threads(text: Option<&str>) -> Result<usize, Failure> {
+    match text {
+        None => Ok(std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS)),
+        Some(m) => m.parse::<usize>().ok().filter(|m| (1..=MAX_THREADS).contains(m)).ok_or_else(|| {
+            Failure::new("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
+        }),
     }
-}
-
-/// How to copy.
-struct Rules {
-    /// Zeroes shorter than this are written; 0 writes all.
-    sparse: u64,
-    /// The target holds nothing but zeroes before.
-    blank: bool,
-    /// Bytes in a cluster of a compressed target.
-    cluster: u64,
 }
 
 pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
-    let flags = ["c", "p", "q", "n", "U", "C", "W", "target-is-zero"];
-    let p = parse(arguments, &flags, &["f", "O", "o", "S", "m", "t", "T"])?;
-    let [from, to] = p.rest.as_slice() else {
+    let flags = [
+        "c",
+        "p",
+        "q",
+        "n",
+        "U",
+        "C",
+        "W",
+        "target-is-zero",
+        "bitmaps",
+        "skip-broken-bitmaps",
+        "salvage",
+        "image-opts",
+        "target-image-opts",
+    ];
+    let valued = ["f", "O", "o", "S", "m", "t", "T", "l", "b", "B", "F", "r", "object"];
+    let p = parse(arguments, &flags, &valued)?;
+    let out_format = open::new_format(p.value("O"))?;
+    if wants_help(p.values("o")) {
+        write!(s.out, "{}", option_help(out_format))?;
+        return Ok(0);
+    }
+    let Some((to, from)) = p.rest.split_last().filter(|(_, from)| !from.is_empty()) else {
         return Err(Failure::new("Must specify one source and one output image file name"));
     };
-    let out_format = open::format(p.value("O"))?.unwrap_or(Format::Raw);
-    let (source, _) = open::image(from, p.value("f"), true, &p)?;
-    let new = New::from_options(out_format, &pairs(p.values("o"))?)?;
-    if new.qcow2.backing.is_some() {
-        return Err(Failure::new(
-            "a backing file for the output is not supported by convert yet: use create -b and rebase",
-        ));
+    let new = new_image(&p, out_format)?;
+    let (skip, packed) = (p.has("n"), p.has("c"));
+    for (wrong, why) in [
+        (packed && out_format != Format::Qcow2, "Compression not supported for this file format"),
+        (
+            packed && new.qcow2.data_file.is_some(),
+            "Compression and a data file cannot be used at the same time",
+        ),
+        (
+            packed && new.preallocation != Preallocation::Off,
+            "Compression and preallocation not supported at the same time",
+        ),
+        (skip && p.value("o").is_some(), "-o has no effect with -n: leave one of them out"),
+        (p.has("target-is-zero") && !skip, "--target-is-zero requires use of -n flag"),
+        (p.has("target-image-opts") && !skip, "--target-image-opts requires use of -n flag"),
+        (p.has("C") && packed, "Cannot enable copy offloading when -c is used"),
+        (p.has("C") && p.value("S").is_some(), "Cannot enable copy offloading when -S is used"),
+        (
+            p.has("bitmaps") && out_format != Format::Qcow2,
+            "Format driver does not support bitmaps: --bitmaps needs -O qcow2",
+        ),
+        (p.has("bitmaps") && p.value("l").is_some(), "Cannot copy bitmaps of a snapshot"),
+        (
+            p.has("skip-broken-bitmaps") && !p.has("bitmaps"),
+            "Use of --skip-broken-bitmaps requires --bitmaps",
+        ),
+        (from.len() > 1 && p.has("bitmaps"), "Copying bitmaps only possible with single source"),
+        (
+            from.len() > 1 && new.qcow2.backing.is_some(),
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ),
+        (from.len() > 1 && p.value("l").is_some(), "No support for concatenating multiple snapshot"),
+    ] {
+        if wrong {
+            return Err(Failure::new(why));
+        }
     }
-    if p.has("c") && out_format != Format::Qcow2 {
-        return Err(Failure::new("Compression not supported for this file format"));
-    }
-    if p.has("c") && new.qcow2.data_file.is_some() {
-        return Err(Failure::new("Compression and a data file cannot be used at the same time"));
-    }
-    if p.has("n") && p.value("o").is_some() {
-        return Err(Failure::new("-o has no effect with -n: leave one of them out"));
-    }
-    let threads = match p.value("m") {
-        None => std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS),
-        Some(m) => m.parse::<usize>().ok().filter(|m| (1..=MAX_THREADS).contains(m)).ok_or_else(|| {
-            Failure::new("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
-        })?,
-    };
+    let threads = threads(p.value("m"))?;
     let sparse = match p.value("S") {
         None => 4096,
         Some(text) => {
@@ -83,166 +100,124 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
             n
         }
     };
+    let source_cache = p.cache("T", Cache::WRITEBACK)?;
+    let target_cache = p.cache("t", Cache::UNSAFE)?;
+    let (source, bitmaps) = sources(from, source_cache, &p)?;
     // A device keeps its place: there is nothing to rename over it.
-    let device = std::fs::metadata(to).is_ok_and(|m| m.file_type().is_block_device());
-    let in_place = p.has("n") || device && out_format == Format::Raw;
-    if p.has("c") && in_place {
-        return Err(Failure::new("-c cannot be used with -n or a device"));
-    }
-    let mut made: Option<NewFile> = None;
+    let (to, to_format) = if p.has("target-image-opts") {
+        open::name(to, p.value("O"), &p, "target-image-opts")?
+    } else {
+        (to.clone(), Some(out_format.name().to_owned()))
+    };
+    let device = std::fs::metadata(&to).is_ok_and(|m| m.file_type().is_block_device());
+    let in_place = skip || device && out_format == Format::Raw;
+    let mut made: Option<Made> = None;
     let target = if in_place {
-        let (disk, _) = open::image(to, Some(out_format.name()), false, &p)?;
-        if disk.size() < source.size() {
+        // What was there must not be half old and half new after a crash that nobody saw.
+        let cache = p.cache("t", Cache::WRITEBACK)?;
+        let how = How { format: to_format.as_deref(), read_only: false, cache };
+        let opened = match open::qcow2(&to, &how, |o| o, &p)? {
+            Some(q) => Opened::Qcow2(Box::new(q)),
+            None => Opened::Raw(open::image(&to, &how, &p)?.0),
+        };
+        if opened.disk().size() < source.size() {
             return Err(Failure::new(format!("{to}: output file is smaller than input file")));
         }
-        Target::Plain(disk)
+        opened
     } else {
         let bytes = new.size.unwrap_or(0).max(source.size());
-        let file = made.insert(new.lay_out(to, bytes)?).storage()?;
-        let options = ringfort_block::ImageOptions { lock: false, ..open::options(out_format, false, &p) };
-        if p.has("c") {
-            Target::Packed(Box::new(Qcow2::open(file, &options)?))
-        } else {
-            Target::Plain(open_storage_image(file, &options)?)
-        }
+        let (files, opened) = new.lay_out(&to, bytes, target_cache, true)?;
+        made = Some(files);
+        opened
     };
-    let rules = Rules {
+    let backed = match &target {
+        Opened::Qcow2(q) if !in_place => q.backing().map(|b| b.size()),
+        _ => None,
+    };
+    let lost = Mutex::new(Vec::new());
+    let salvage = |at: u64, len: u64, e: &io::Error| {
+        lost.lock().unwrap_or_else(PoisonError::into_inner).push((at, len, e.to_string()));
+    };
+    let options = CopyOptions {
         sparse,
         blank: p.has("target-is-zero") || !in_place,
-        cluster: match &target {
-            Target::Packed(q) => q.header().cluster_size(),
-            Target::Plain(_) => STEP,
-        },
+        backed,
+        salvage: p.has("salvage").then_some(&salvage),
+        threads,
     };
     let progress = Progress::new(s.out, p.has("p") && !p.has("q"), source.size());
-    copy(&*source, &target, &rules, threads, &progress)
-        .map_err(|e| Failure::new(format!("error while converting {from}: {e}")))?;
-    target.disk().flush()?;
-    match target {
-        Target::Packed(q) => q.close()?,
-        Target::Plain(d) => drop(d),
+    let watch = |done, _| progress.set(done);
+    let job = Job::new(source.size(), p.rate()?, Some(&watch));
+    let goal = match &target {
+        Opened::Qcow2(q) if packed => Target::Packed(q),
+        other => Target::Plain(other.disk()),
+    };
+    job::copy(&*source, goal, &options, &job)
+        .map_err(|e| Failure::new(format!("error while converting {}: {e}", from.join(", "))))?;
+    if let (Some(from), Opened::Qcow2(q)) = (&bitmaps, &target) {
+        let skipped = q.copy_bitmaps(from, p.has("skip-broken-bitmaps"))?;
+        for name in skipped {
+            writeln!(s.err, "ringfort img: warning: Skipping inconsistent bitmap '{name}'")?;
+        }
     }
-    if let Some(file) = made {
-        file.publish()?;
+    target.close()?;
+    if let Some(files) = made {
+        files.publish()?;
     }
     progress.end();
+    if !p.has("q") {
+        for (at, len, e) in lost.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            writeln!(s.err, "ringfort img: warning: error while reading {len} bytes at offset {at}: {e}")?;
+        }
+    }
     Ok(0)
 }
 
-fn copy(
-    source: &dyn BlockBackend,
-    target: &Target,
-    rules: &Rules,
-    threads: usize,
-    progress: &Progress<'_>,
-) -> io::Result<()> {
-    let next = AtomicU64::new(0);
-    let stop = AtomicBool::new(false);
-    let failed: Mutex<Option<io::Error>> = Mutex::new(None);
-    let size = source.size();
-    std::thread::scope(|s| {
-        for _ in 0..threads {
-            s.spawn(|| {
-                let mut buffer = vec![0u8; STEP as usize];
-                while !stop.load(Ordering::Relaxed) {
-                    let at = next.fetch_add(STEP, Ordering::Relaxed);
-                    if at >= size {
-                        break;
-                    }
-                    let n = STEP.min(size - at);
-                    if let Err(e) = copy_step(source, target, rules, at, &mut buffer[..n as usize]) {
-                        stop.store(true, Ordering::Relaxed);
-                        failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(e);
-                    }
-                    progress.add(n);
-                }
-            });
+/// What `-o`, `-B` and `-F` say.
+fn new_image(p: &crate::args::Parsed, format: Format) -> Result<New, Failure> {
+    let mut new = New::from_options(format, &pairs(p.values("o"))?)?;
+    if let Some(b) = p.value("B").or(p.value("b")) {
+        new.qcow2.backing = Some(b.into());
+    }
+    if let Some(f) = p.value("F") {
+        new.qcow2.backing_format = Some(f.into());
+    }
+    if new.qcow2.backing.is_some() {
+        if format != Format::Qcow2 {
+            return Err(Failure::new(format!(
+                "Backing file not supported for file format '{}'",
+                format.name()
+            )));
         }
-    });
-    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+        if new.qcow2.backing_format.is_none() {
+            return Err(Failure::new("backing file specified without backing format: add -F FORMAT"));
+        }
+    }
+    Ok(new)
 }
 
-/// Copy the piece at `at` that fills `buffer`.
-fn copy_step(
-    source: &dyn BlockBackend,
-    target: &Target,
-    rules: &Rules,
-    at: u64,
-    buffer: &mut [u8],
-) -> io::Result<()> {
-    let len = buffer.len() as u64;
-    // What is known to be zeroes needs no reading.
-    let mut done = 0;
-    let mut any = false;
-    while done < len {
-        let x = source.status(at + done, len - done)?;
-        let part = &mut buffer[done as usize..(done + x.len) as usize];
-        if x.zero {
-            part.fill(0);
-        } else {
-            source.read_at(&[SharedSliceMut::new(part)], at + done)?;
-            any = true;
-        }
-        done += x.len;
-    }
-    if !any && rules.sparse > 0 {
-        return zeroes(target, rules, at, len);
-    }
-    if let Target::Packed(q) = target {
-        return pack(q, rules, at, buffer);
-    }
-    if rules.sparse == 0 {
-        return target.disk().write_at(&[SharedSlice::new(buffer)], at);
-    }
-    // Runs of data and of zeroes, in units of what counts as a hole.
-    let unit = rules.sparse.min(len) as usize;
-    let mut from = 0;
-    while from < buffer.len() {
-        let zero = |i: usize| is_zero(&buffer[i..(i + unit).min(buffer.len())]);
-        let kind = zero(from);
-        let mut to = (from + unit).min(buffer.len());
-        while to < buffer.len() && zero(to) == kind {
-            to = (to + unit).min(buffer.len());
-        }
-        if kind {
-            zeroes(target, rules, at + from as u64, (to - from) as u64)?;
-        } else {
-            target.disk().write_at(&[SharedSlice::new(&buffer[from..to])], at + from as u64)?;
-        }
-        from = to;
-    }
-    Ok(())
-}
+/// A disk, and the image whose bitmaps are to be copied.
+type Source = (Arc<dyn BlockBackend>, Option<Arc<Qcow2>>);
 
-fn zeroes(target: &Target, rules: &Rules, at: u64, len: u64) -> io::Result<()> {
-    if rules.blank { Ok(()) } else { target.disk().write_zeroes(at, len, true) }
-}
-
-fn pack(q: &Qcow2, rules: &Rules, at: u64, data: &[u8]) -> io::Result<()> {
-    let cluster = rules.cluster as usize;
-    let mut last = Vec::new();
-    for (i, mut part) in data.chunks(cluster).enumerate() {
-        let at = at + (i * cluster) as u64;
-        if is_zero(part) && rules.sparse > 0 {
-            continue;
+/// What is to be copied, and the image whose bitmaps are.
+fn sources(from: &[String], cache: Cache, p: &crate::args::Parsed) -> Result<Source, Failure> {
+    let mut list = Vec::new();
+    for text in from {
+        let (path, format) = open::name(text, p.value("f"), p, "image-opts")?;
+        let how = How { cache, ..How::reading(format.as_deref()) };
+        if let Some(key) = p.value("l") {
+            return Ok((open::snapshot(&path, &how, key, p)?, None));
         }
-        let whole = part;
-        if part.len() < cluster {
-            // The disk ends in this cluster.
-            last.extend_from_slice(part);
-            last.resize(cluster, 0);
-            part = &last;
+        if p.has("bitmaps") {
+            let q = open::qcow2(&path, &how, |o| o, p)?
+                .ok_or_else(|| Failure::new("The source has no bitmaps: --bitmaps needs a qcow2 image"))?;
+            let q = Arc::new(q);
+            return Ok((q.clone(), Some(q)));
         }
-        match q.pack(part)? {
-            Some(packed) => q.write_packed(at, &packed)?,
-            None => q.write_at(&[SharedSlice::new(whole)], at)?,
-        }
+        list.push(open::image(&path, &how, p)?.0);
     }
-    Ok(())
-}
-
-/// Whether all bytes are zero; compares words.
-fn is_zero(data: &[u8]) -> bool {
-    let (words, rest) = data.as_chunks::<32>();
-    rest.iter().all(|b| *b == 0) && words.iter().all(|w| *w == [0; 32])
+    Ok(match list.len() {
+        1 => (list.remove(0), None),
+        _ => (Arc::new(Concat::new(list)), None),
+    })
 }

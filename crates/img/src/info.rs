@@ -1,13 +1,14 @@
 //! `info`.
 
 use crate::args::parse;
-use crate::{Done, Failure, Streams, open, size, snapshot};
+use crate::{Done, Failure, Streams, json, open, size, snapshot};
+use ringfort_block::format::qcow2::bitmap::Bitmap;
 use ringfort_block::format::qcow2::header::{
     AUTOCLEAR_RAW_DATA, COMPAT_LAZY, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY,
 };
-use ringfort_block::format::qcow2::snapshot as qcow2_snapshot;
+use ringfort_block::format::qcow2::snapshot::Snapshot;
 use ringfort_block::format::{Qcow2, detect, relative_to};
-use ringfort_block::{Format, ImageOptions};
+use ringfort_block::{Format, ImageOptions, open_storage_image};
 use serde_json::{Map, Value, json};
 
 /// Longest chain shown.
@@ -18,15 +19,23 @@ struct Facts {
     format: Format,
     virtual_size: u64,
     actual: u64,
-    qcow2: Option<(Header, Vec<qcow2_snapshot::Snapshot>)>,
+    /// Bytes of the file.
+    length: u64,
+    qcow2: Option<Details>,
+}
+
+struct Details {
+    header: Header,
+    snapshots: Vec<Snapshot>,
+    bitmaps: Vec<Bitmap>,
 }
 
 pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
-    let p = parse(arguments, &["U", "backing-chain"], &["f", "output"])?;
-    let json = p.json()?;
-    let path = p.one_file()?;
+    let p = parse(arguments, &["U", "backing-chain", "image-opts"], &["f", "output", "object"])?;
+    let as_json = p.json()?;
+    let (path, format) = open::name(p.one_file()?, p.value("f"), &p, "image-opts")?;
     let mut list: Vec<Facts> = Vec::new();
-    let mut next = Some((path.to_owned(), open::format(p.value("f"))?));
+    let mut next = Some((path, open::format(format.as_deref())?));
     let mut seen = Vec::new();
     while let Some((path, format)) = next.take() {
         let file = open::storage(&path, true, &p)?;
@@ -39,11 +48,8 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
             Some(f) => f,
             None => detect(&file)?,
         };
-        let actual = file.allocated()?;
+        let (actual, length) = (file.allocated()?, file.len());
         let facts = match format {
-            Format::Raw => {
-                Facts { path, format, virtual_size: file.len().next_multiple_of(512), actual, qcow2: None }
-            }
             Format::Qcow2 => {
                 let header = Header::read(&file)?;
                 let data = header.data_file.clone();
@@ -59,31 +65,25 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
                     let below = relative_to(q.path(), name).to_string_lossy().into_owned();
                     next = Some((below, open::format(header.backing_format.as_deref())?));
                 }
-                Facts {
-                    path,
-                    format,
-                    virtual_size: header.size,
-                    actual,
-                    qcow2: Some((header, q.snapshots()?)),
-                }
+                let virtual_size = header.size;
+                let details = Details { header, snapshots: q.snapshots()?, bitmaps: q.bitmaps()? };
+                Facts { path, format, virtual_size, actual, length, qcow2: Some(details) }
+            }
+            _ => {
+                let disk = open_storage_image(file, &open::options(format, true, &p))?;
+                Facts { path, format, virtual_size: disk.size(), actual, length, qcow2: None }
             }
         };
         list.push(facts);
     }
-    if json {
+    if as_json {
         let all: Vec<Value> = list.iter().map(to_json).collect();
         let value = if p.has("backing-chain") {
             Value::Array(all)
         } else {
             all.into_iter().next().unwrap_or(Value::Null)
         };
-        // Four spaces, as qemu-img writes it.
-        let mut text = Vec::new();
-        let form = serde_json::ser::PrettyFormatter::with_indent(b"    ");
-        let mut w = serde_json::Serializer::with_formatter(&mut text, form);
-        serde::Serialize::serialize(&value, &mut w).map_err(|e| Failure::new(e.to_string()))?;
-        text.push(b'\n');
-        s.out.write_all(&text)?;
+        json::write(s.out, &value)?;
     } else {
         let all: Vec<String> = list.iter().map(to_text).collect();
         s.out.write_all(all.join("\n").as_bytes())?;
@@ -100,7 +100,21 @@ fn to_text(f: &Facts) -> String {
         f.virtual_size,
         size::human(f.actual)
     );
-    let Some((h, snapshots)) = &f.qcow2 else { return t };
+    if let Some(d) = &f.qcow2 {
+        t += &qcow2_text(f, d);
+    }
+    t + &format!(
+        "Child node '/file':\n    filename: {}\n    protocol type: file\n    file length: {} ({} bytes)\n    disk size: {}\n",
+        f.path,
+        size::human(f.length),
+        f.length,
+        size::human(f.actual)
+    )
+}
+
+fn qcow2_text(f: &Facts, d: &Details) -> String {
+    let h = &d.header;
+    let mut t = String::new();
     if h.incompatible & INCOMPAT_DIRTY != 0 {
         t += "cleanly shut down: no\n";
     }
@@ -116,8 +130,8 @@ fn to_text(f: &Facts) -> String {
             t += &format!("backing file format: {fmt}\n");
         }
     }
-    if !snapshots.is_empty() {
-        t += &snapshot::list(snapshots);
+    if !d.snapshots.is_empty() {
+        t += &snapshot::list(&d.snapshots);
     }
     t += "Format specific information:\n";
     if h.version == 2 {
@@ -127,11 +141,21 @@ fn to_text(f: &Facts) -> String {
         );
     }
     t += &format!(
-        "    compat: 1.1\n    compression type: {}\n    lazy refcounts: {}\n    refcount bits: {}\n",
+        "    compat: 1.1\n    compression type: {}\n    lazy refcounts: {}\n",
         h.compression.name(),
-        h.compatible & COMPAT_LAZY != 0,
-        h.refcount_bits()
+        h.compatible & COMPAT_LAZY != 0
     );
+    if !d.bitmaps.is_empty() {
+        t += "    bitmaps:\n";
+        for (i, b) in d.bitmaps.iter().enumerate() {
+            t += &format!("        [{i}]:\n            flags:\n");
+            for (k, flag) in b.flag_names().iter().enumerate() {
+                t += &format!("                [{k}]: {flag}\n");
+            }
+            t += &format!("            name: {}\n            granularity: {}\n", b.name, b.granularity());
+        }
+    }
+    t += &format!("    refcount bits: {}\n", h.refcount_bits());
     if let Some(d) = &h.data_file {
         t += &format!("    data file: {d}\n    data file raw: {}\n", h.autoclear & AUTOCLEAR_RAW_DATA != 0);
     }
@@ -148,8 +172,14 @@ fn to_json(f: &Facts) -> Value {
     m.insert("filename".into(), f.path.clone().into());
     m.insert("format".into(), f.format.name().into());
     m.insert("actual-size".into(), f.actual.into());
+    // The file below, as versions 8.1 and later show it.
+    let child = json!({
+        "children": [], "virtual-size": f.length, "filename": f.path, "format": "file", "actual-size": f.actual,
+        "format-specific": { "type": "file", "data": {} }, "dirty-flag": false,
+    });
+    m.insert("children".into(), json!([{ "name": "file", "info": child }]));
     let mut dirty = false;
-    if let Some((h, snapshots)) = &f.qcow2 {
+    if let Some(Details { header: h, snapshots, bitmaps }) = &f.qcow2 {
         dirty = h.incompatible & INCOMPAT_DIRTY != 0;
         m.insert("cluster-size".into(), h.cluster_size().into());
         if let Some(b) = &h.backing {
@@ -172,6 +202,10 @@ fn to_json(f: &Facts) -> Value {
             data["lazy-refcounts"] = (h.compatible & COMPAT_LAZY != 0).into();
             data["corrupt"] = (h.incompatible & INCOMPAT_CORRUPT != 0).into();
             data["extended-l2"] = h.extended_l2().into();
+            if !bitmaps.is_empty() {
+                let one = |b: &Bitmap| json!({ "flags": b.flag_names(), "name": b.name, "granularity": b.granularity() });
+                data["bitmaps"] = bitmaps.iter().map(one).collect();
+            }
             if let Some(d) = &h.data_file {
                 data["data-file"] = d.clone().into();
                 data["data-file-raw"] = (h.autoclear & AUTOCLEAR_RAW_DATA != 0).into();

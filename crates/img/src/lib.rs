@@ -2,15 +2,23 @@
 //! over. Images that it makes get their name when they are complete.
 #![forbid(unsafe_code)]
 
+mod amend;
 mod args;
+mod bitmap;
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
+mod dd;
 mod info;
+mod json;
 mod map;
+mod measure;
+mod new;
 mod open;
 mod progress;
+mod rebase;
 mod resize;
 mod size;
 mod snapshot;
@@ -57,22 +65,32 @@ impl From<std::io::Error> for Failure {
 type Done = Result<u8, Failure>;
 
 const HELP: &str = "\
-Disk images: create, examine, convert. Verbs and options are qemu-img's.
+Disk images: create, examine, convert. Verbs, options, output and exit statuses are qemu-img's.
 
 usage: ringfort img COMMAND [OPTIONS]
 
-  check [-q] [-f FMT] [--output=FMT] [-r leaks|all] [-U] FILE
-  compare [-f FMT] [-F FMT] [-p] [-q] [-s] [-U] FILE1 FILE2
-  convert [-c] [-p] [-q] [-n] [--target-is-zero] [-f FMT] [-O FMT] [-o OPTIONS] [-S SIZE] [-m N] [-U] [-W] FILE OUT
-  create [-q] [-f FMT] [-b BACKING [-F FMT]] [-u] [-o OPTIONS] FILE [SIZE]
+  amend [-f FMT] [-p] [-q] [-t CACHE] -o OPTIONS FILE
+  bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | --merge SOURCE [-b FILE [-F FMT]])...
+         [-f FMT] FILE BITMAP
+  check [-q] [-f FMT] [--output=FMT] [-r leaks|all] [-T CACHE] [-U] FILE
+  commit [-q] [-f FMT] [-t CACHE] [-b BASE] [-r RATE] [-d] [-p] FILE
+  compare [-f FMT] [-F FMT] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2
+  convert [-c] [-p] [-q] [-n] [--target-is-zero] [--bitmaps [--skip-broken-bitmaps]] [--salvage] [-f FMT] [-O FMT]
+          [-B BACKING -F FMT] [-o OPTIONS] [-l SNAPSHOT] [-S SIZE] [-m N] [-W] [-r RATE] [-t CACHE] [-T CACHE] [-U]
+          FILE [FILE2...] OUT
+  create [-q] [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTIONS] FILE [SIZE]
+  dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=N] [skip=N] if=FILE of=OUT
   info [-f FMT] [--output=FMT] [--backing-chain] [-U] FILE
   map [-f FMT] [--start-offset=N] [--max-length=N] [--output=FMT] [-U] FILE
-  resize [-f FMT] [-q] [--shrink] FILE [+|-]SIZE
+  measure [-f FMT] [-O FMT] [-o OPTIONS] [-l SNAPSHOT] [--output=FMT] [-U] (--size SIZE | FILE)
+  rebase [-q] [-f FMT] [-t CACHE] [-T CACHE] [-p] [-u] -b BACKING [-F FMT] FILE
+  resize [-f FMT] [-q] [--preallocation=MODE] [--shrink] FILE [+|-]SIZE
   snapshot [-q] [-U] [-l | -a NAME | -c NAME | -d NAME] FILE
 
-FMT of images is raw or qcow2, of --output human or json. Sizes take the suffixes k, M, G, T, P, E.
-Options of -o for qcow2: size, compat, cluster_size, refcount_bits, lazy_refcounts, extended_l2, compression_type,
-backing_file, backing_fmt, data_file, data_file_raw.
+FMT of images is raw or qcow2, and to read from vmdk, vpc (VHD), vhdx and vdi; of --output human or json.
+SIZE takes the suffixes k, M, G, T, P, E. CACHE is none, writeback, writethrough, directsync or unsafe; convert writes new
+files with unsafe: -t writeback waits until they are on the disk. `-o help` lists the options of a new image.
+With --image-opts FILE is driver=FMT,file.filename=NAME. New files get their names when they are complete.
 ";
 
 /// Run one verb with its arguments; gives the exit status.
@@ -87,6 +105,12 @@ pub fn run(arguments: &[String], streams: &mut Streams<'_>) -> u8 {
         return u8::from(streams.out.write_all(HELP.as_bytes()).is_err());
     }
     let done = match verb.as_str() {
+        "amend" => amend::run(rest, streams),
+        "bitmap" => bitmap::run(rest, streams),
+        "commit" => commit::run(rest, streams),
+        "dd" => dd::run(rest, streams),
+        "measure" => measure::run(rest, streams),
+        "rebase" => rebase::run(rest, streams),
         "check" => check::run(rest, streams),
         "compare" => compare::run(rest, streams),
         "convert" => convert::run(rest, streams),

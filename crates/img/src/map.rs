@@ -8,15 +8,19 @@ use ringfort_block::{Format, Status};
 use std::path::PathBuf;
 
 pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
-    let p = parse(arguments, &["U"], &["f", "output", "start-offset", "max-length", "s", "l"])?;
+    let p = parse(
+        arguments,
+        &["U", "image-opts"],
+        &["f", "output", "start-offset", "max-length", "s", "l", "object"],
+    )?;
     let json = p.json()?;
-    let path = p.one_file()?;
-    let (disk, format) = open::image(path, p.value("f"), true, &p)?;
+    let (path, format) = open::name(p.one_file()?, p.value("f"), &p, "image-opts")?;
+    let (disk, format) = open::image(&path, &open::How::reading(format.as_deref()), &p)?;
     let start =
         p.value("start-offset").or(p.value("s")).map(size::parse).transpose()?.unwrap_or(0).min(disk.size());
     let most = p.value("max-length").or(p.value("l")).map(size::parse).transpose()?.unwrap_or(u64::MAX);
     let end = start.saturating_add(most).min(disk.size());
-    let files = if json { Vec::new() } else { chain(path, format, &p)? };
+    let files = if json { Vec::new() } else { chain(&path, format, &p)? };
     if !json {
         writeln!(s.out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
     }
@@ -84,7 +88,7 @@ fn chain(path: &str, format: Format, p: &crate::args::Parsed) -> Result<Vec<Path
     let mut list = Vec::new();
     let mut next = Some((PathBuf::from(path), format));
     while let Some((path, format)) = next.take() {
-        if format == Format::Raw {
+        if format != Format::Qcow2 {
             list.push(path);
             break;
         }

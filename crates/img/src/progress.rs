@@ -35,7 +35,11 @@ impl<'a> Progress<'a> {
 
     /// `units` more are done.
     pub fn add(&self, units: u64) {
-        let done = self.done.fetch_add(units, Ordering::Relaxed) + units;
+        self.set(self.done.fetch_add(units, Ordering::Relaxed) + units);
+    }
+
+    /// `done` units are done in all.
+    pub fn set(&self, done: u64) {
         let percent = (done as f64 / self.total as f64 * 100.0).min(100.0);
         if self.shown.fetch_max(percent as u64, Ordering::Relaxed) < percent as u64 {
             self.show(percent);

@@ -56,8 +56,8 @@ pub fn to_json(s: &Snapshot) -> Value {
 }
 
 pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
-    let p = parse(arguments, &["l", "q", "U"], &["a", "c", "d", "f"])?;
-    let path = p.one_file()?;
+    let p = parse(arguments, &["l", "q", "U", "image-opts"], &["a", "c", "d", "f", "object"])?;
+    let (path, format) = open::name(p.one_file()?, p.value("f"), &p, "image-opts")?;
     let actions: Vec<&str> = ["l", "a", "c", "d"].into_iter().filter(|a| p.has(a)).collect();
     let action = match actions.as_slice() {
         [] => "l",
@@ -65,13 +65,9 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
         _ => return Err(Failure::new("Cannot mix '-l', '-a', '-c', '-d'")),
     };
     let none = || Failure::new(format!("{path}: its format has no internal snapshots"));
-    let q = open::qcow2(
-        path,
-        p.value("f"),
-        |o| ringfort_block::ImageOptions { backing: action == "a", ..o },
-        action == "l",
-        &p,
-    )?;
+    let how = open::How { read_only: action == "l", ..open::How::writing(format.as_deref()) };
+    let with = |o| ringfort_block::ImageOptions { backing: action == "a", ..o };
+    let q = open::qcow2(&path, &how, with, &p)?;
     let q = q.ok_or_else(none)?;
     let name = p.value(action).unwrap_or("");
     let (what, done) = match action {

@@ -168,9 +168,7 @@ pub fn detect(storage: &FileStorage) -> Result<Format, BlockError> {
     let path = storage.path();
     match probe(storage).map_err(|e| BlockError::host(path, "cannot read", e))? {
         None => Ok(Format::Raw),
-        Some(found) => {
-            found.parse().map_err(|_| BlockError::Format { path: path.into(), found })
-        }
+        Some(found) => found.parse().map_err(|_| BlockError::Format { path: path.into(), found }),
     }
 }
 

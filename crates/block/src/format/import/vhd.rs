@@ -56,9 +56,10 @@ impl Vhd {
         // One copy in front (not for fixed disks), one at the end.
         let (first, last) =
             (bytes::<512>(&file, 0).map_err(host)?, bytes::<512>(&file, file.len() - 512).map_err(host)?);
-        let f = [first, last].into_iter().find(|f| is_footer(f)).ok_or_else(|| {
-            bad("neither its beginning nor its end is a footer with a right checksum")
-        })?;
+        let f = [first, last]
+            .into_iter()
+            .find(|f| is_footer(f))
+            .ok_or_else(|| bad("neither its beginning nor its end is a footer with a right checksum"))?;
         let size = virtual_size(&f).ok_or_else(|| bad("its size is out of range"))?;
         let dynamic = match be32(&f, 0x3c) {
             2 => None,
@@ -84,8 +85,7 @@ impl Vhd {
         if !h.starts_with(b"cxsparse") || checksum(&h, 0x24) != be32(&h, 0x24) {
             return Err(bad("its header has a wrong signature or checksum"));
         }
-        let (table, entries, block) =
-            (be64(&h, 0x10), u64::from(be32(&h, 0x1c)), u64::from(be32(&h, 0x20)));
+        let (table, entries, block) = (be64(&h, 0x10), u64::from(be32(&h, 0x1c)), u64::from(be32(&h, 0x20)));
         if !block.is_power_of_two() || !(512..=1 << 30).contains(&block) {
             return Err(bad("its block size is out of range"));
         }

@@ -20,9 +20,7 @@ const MAX_PAGES: usize = 16384;
 /// A GUID as the text that people write gives it: the first three groups are little endian.
 const fn guid(a: u32, b: u16, c: u16, d: [u8; 8]) -> [u8; 16] {
     let (a, b, c) = (a.to_le_bytes(), b.to_le_bytes(), c.to_le_bytes());
-    [
-        a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7],
-    ]
+    [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]]
 }
 
 const REGION_BAT: [u8; 16] =
@@ -37,8 +35,7 @@ const LOGICAL_SECTOR: [u8; 16] =
     guid(0x8141_bf1d, 0xa96f, 0x4709, [0xba, 0x47, 0xf2, 0x33, 0xa8, 0xfa, 0xab, 0x5f]);
 const PHYSICAL_SECTOR: [u8; 16] =
     guid(0xcda3_48c7, 0x445d, 0x4471, [0x9c, 0xc9, 0xe9, 0x88, 0x52, 0x51, 0xc5, 0x56]);
-const PAGE_83: [u8; 16] =
-    guid(0xbeca_12ab, 0xb2e6, 0x4523, [0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46]);
+const PAGE_83: [u8; 16] = guid(0xbeca_12ab, 0xb2e6, 0x4523, [0x93, 0xef, 0xc3, 0x09, 0xe0, 0x00, 0xc7, 0x46]);
 
 /// CRC-32C (Castagnoli), which all structures are secured by.
 fn crc32c(data: &[u8]) -> u32 {
@@ -358,7 +355,8 @@ fn apply(file: &FileStorage, chain: &[&Entry]) -> io::Result<BTreeMap<u64, Vec<u
             }
             if d.starts_with(b"zero") {
                 let len = le64(d, 8);
-                if !len.is_multiple_of(PAGE) || len / PAGE > MAX_PAGES as u64 || at.checked_add(len).is_none() {
+                if !len.is_multiple_of(PAGE) || len / PAGE > MAX_PAGES as u64 || at.checked_add(len).is_none()
+                {
                     return Err(bad());
                 }
                 for page in at / PAGE..(at + len) / PAGE {

@@ -137,7 +137,10 @@ impl Vmdk {
                 (embedded, vec![(sectors * 512, Kind::Sparse(sparse))])
             }
             b"COWD" => {
-                return Err(BlockError::Feature { path, what: "an ESX server's sparse extent (COWD)".into() });
+                return Err(BlockError::Feature {
+                    path,
+                    what: "an ESX server's sparse extent (COWD)".into(),
+                });
             }
             _ => {
                 let mut text = vec![0; file.len().min(MAX_DESCRIPTOR) as usize];
@@ -160,14 +163,18 @@ impl Vmdk {
         let (mut at, mut list) = (0u64, Vec::new());
         for (len, kind) in extents {
             list.push(Extent { start: at, len, kind });
-            at = at.checked_add(len).and_then(disk_size).ok_or_else(|| bad("its size is out of range".into()))?;
+            at = at
+                .checked_add(len)
+                .and_then(disk_size)
+                .ok_or_else(|| bad("its size is out of range".into()))?;
         }
         if list.is_empty() {
             return Err(bad("it has no extents".into()));
         }
         let backing = match descriptor {
             Some(Descriptor { parent_cid: Some(_), parent, .. }) if options.backing => {
-                let name = parent.ok_or_else(|| bad("it stands on another image, but does not name it".into()))?;
+                let name =
+                    parent.ok_or_else(|| bad("it stands on another image, but does not name it".into()))?;
                 Some(open_parent(&path, &name, options, chain)?)
             }
             _ => None,
@@ -276,7 +283,9 @@ impl Sparse {
         let tables = capacity.div_ceil(grain).div_ceil(per_table);
         let directory = directory.checked_mul(512).filter(|d| *d >= 512);
         let directory = directory
-            .filter(|d| tables.checked_mul(4).and_then(|n| n.checked_add(*d)).is_some_and(|e| e <= file.len()))
+            .filter(|d| {
+                tables.checked_mul(4).and_then(|n| n.checked_add(*d)).is_some_and(|e| e <= file.len())
+            })
             .ok_or_else(|| bad("its grain directory lies outside the file"))?;
         let text = match descriptor {
             (0, _) | (_, 0) => None,

@@ -443,7 +443,9 @@ impl Qcow2 {
                     return Err(no("Cannot store dirty bitmaps in qcow2 v2 files".into()));
                 }
                 if !g.is_power_of_two() || !(512..=1 << 31).contains(&g) {
-                    return Err(no("Granularity must be a power of two of at least 512 bytes and at most 2G".into()));
+                    return Err(no(
+                        "Granularity must be a power of two of at least 512 bytes and at most 2G".into(),
+                    ));
                 }
                 if name.is_empty() || name.len() > MAX_BITMAP_NAME {
                     return Err(no("Bitmap name too long or empty".into()));
@@ -508,7 +510,10 @@ impl Qcow2 {
         self.usable(&list[i])?;
         source.usable(from)?;
         if BlockBackend::size(self) != BlockBackend::size(source) {
-            return Err(no("Bitmaps are of different sizes (destination size and source size) and can't be merged".into()));
+            return Err(no(
+                "Bitmaps are of different sizes (destination size and source size) and can't be merged"
+                    .into(),
+            ));
         }
         let mut bits = self.read_bits(&list[i])?;
         let (shift, size) = (list[i].granularity_bits, BlockBackend::size(self));

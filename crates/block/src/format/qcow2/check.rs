@@ -211,8 +211,9 @@ impl Qcow2 {
                     let n = tables.entry(at).or_default();
                     *n = n.saturating_add(1);
                 } else {
-                    c.report
-                        .corrupt(format!("L2 table at offset {at:#x}: not cluster aligned; L1 entry corrupted"));
+                    c.report.corrupt(format!(
+                        "L2 table at offset {at:#x}: not cluster aligned; L1 entry corrupted"
+                    ));
                 }
             }
         };
@@ -286,14 +287,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn count_entry(
-        &self,
-        desc: u64,
-        weight: u32,
-        active: bool,
-        next: &mut Option<u64>,
-        c: &mut Counter<'_>,
-    ) {
+    fn count_entry(&self, desc: u64, weight: u32, active: bool, next: &mut Option<u64>, c: &mut Counter<'_>) {
         let cluster = self.shape.cluster;
         if desc & COMPRESSED != 0 {
             let (at, len) = compressed(desc, cluster.trailing_zeros());
@@ -374,7 +368,8 @@ impl Qcow2 {
         let mut block = 0;
         loop {
             // The next block that exists or should.
-            let named = m.reftable.iter().skip(block as usize).position(|e| *e != 0).map(|p| block + p as u64);
+            let named =
+                m.reftable.iter().skip(block as usize).position(|e| *e != 0).map(|p| block + p as u64);
             let counted = counts.next(block * per).map(|c| c / per);
             let Some(b) = named.into_iter().chain(counted).min() else { break };
             block = b + 1;
@@ -547,7 +542,10 @@ impl Qcow2 {
                 if n > most {
                     return Err(io::Error::new(
                         io::ErrorKind::Unsupported,
-                        format!("cluster {c} is used {n} times, more than a refcount of {} bits can say", 1 << order),
+                        format!(
+                            "cluster {c} is used {n} times, more than a refcount of {} bits can say",
+                            1 << order
+                        ),
                     ));
                 }
                 if n != 0 {
