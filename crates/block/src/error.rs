@@ -36,16 +36,6 @@ pub enum BlockError {
     /// Nothing in it.
     #[error("disk image {}: is empty (0 bytes); it may have been cut short", .0.display())]
     Empty(PathBuf),
-    /// The size does not suit the options.
-    #[error("disk image {}: its size of {size} bytes is no multiple of {align}, which direct I/O needs; use cache=writeback or pad it (truncate -s %{align})", path.display())]
-    Unaligned {
-        /// The image.
-        path: PathBuf,
-        /// Bytes.
-        size: u64,
-        /// What the size must be a multiple of.
-        align: u64,
-    },
     /// A format that cannot be opened.
     #[error("disk image {}: is in {found} format, which is not supported; convert it (qemu-img convert -O raw), or give format=raw to use its bytes as they are", path.display())]
     Format {

@@ -8,8 +8,8 @@ use crate::{Done, Failure, Streams, open};
 use open::How;
 use ringfort_block::format::qcow2::Header;
 use ringfort_block::format::{Qcow2, detect, relative_to};
-use ringfort_block::graph::Node;
 use ringfort_block::job::{self, Job};
+use ringfort_block::node::Joint;
 use ringfort_block::storage::FileStorage;
 use ringfort_block::{BlockBackend, Format};
 use std::path::{Path, PathBuf};
@@ -76,7 +76,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
     let how = How { format: base_format.map(Format::name), read_only: false, cache };
     let (base, _) = open::image(&base.to_string_lossy(), &how, &p)?;
     let depth = layers.len() as u32;
-    let mut below: Arc<Node> = Node::new(base.clone());
+    let mut below: Arc<Joint> = Arc::new(Joint::new(base.clone()));
     let mut top: Option<Qcow2> = None;
     while let Some((file, header)) = layers.pop() {
         let last = layers.is_empty();
@@ -85,7 +85,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
         if last {
             top = Some(q);
         } else {
-            below = Node::new(Arc::new(q));
+            below = Arc::new(Joint::new(Arc::new(q)));
         }
     }
     let top = top.ok_or_else(none)?;

@@ -6,10 +6,10 @@ use crate::new::New;
 use crate::{Done, Failure, Streams, open, size};
 use open::How;
 use ringfort_block::BlockBackend;
-use ringfort_block::graph::Window;
 use ringfort_block::job::{self, CopyOptions, Job, Target};
+use ringfort_block::node::Window;
 
-pub fn run(arguments: &[String], _s: &mut Streams<'_>) -> Done {
+pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
     let p = parse(arguments, &["U", "image-opts"], &["f", "O", "object"])?;
     let format = open::new_format(p.value("O"))?;
     let (mut from, mut to, mut block, mut count, mut skip) = (None, None, 512, None, 0);
@@ -36,11 +36,13 @@ pub fn run(arguments: &[String], _s: &mut Streams<'_>) -> Done {
     };
     let (from, name) = open::name(from, p.value("f"), &p, "image-opts")?;
     let (disk, _) = open::image(&from, &How::reading(name.as_deref()), &p)?;
+    // As qemu-img counts: `count` blocks from the beginning of the input, of which `skip` are left out.
+    let end = count.map_or(u64::MAX, |c| c.saturating_mul(block)).min(disk.size());
     let start = skip.saturating_mul(block);
-    if start > disk.size() {
-        return Err(Failure::new(format!("{from}: cannot skip to specified offset")));
+    if start > end {
+        writeln!(s.err, "ringfort img: {from}: cannot skip to specified offset")?;
     }
-    let len = count.map_or(u64::MAX, |c| c.saturating_mul(block)).min(disk.size() - start);
+    let len = end.saturating_sub(start);
     let source = Window::new(disk, start, len);
     let new = New::from_options(format, &[])?;
     let (made, target) = new.lay_out(to, len.next_multiple_of(512), Cache::WRITEBACK, false)?;

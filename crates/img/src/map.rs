@@ -3,7 +3,7 @@
 use crate::args::parse;
 use crate::{Done, Streams, open, size};
 use ringfort_block::format::qcow2::header::Header;
-use ringfort_block::format::relative_to;
+use ringfort_block::format::{data_file_of, relative_to};
 use ringfort_block::{Format, Status};
 use std::path::PathBuf;
 
@@ -102,7 +102,7 @@ fn chain(path: &str, format: Format, p: &crate::args::Parsed) -> Result<Vec<Path
             };
             next = Some((below, format));
         }
-        list.push(h.data_file.as_deref().map_or(path.clone(), |d| relative_to(&path, d)));
+        list.push(h.data_file.as_deref().map_or(path.clone(), |d| data_file_of(&path, d)));
     }
     Ok(list)
 }

@@ -62,24 +62,17 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
         ([text], None) => {
             let (path, name) = open::name(text, p.value("f"), &p, "image-opts")?;
             let how = How::reading(name.as_deref());
-            match p.value("l") {
-                Some(key) => Some(open::snapshot(&path, &how, key, &p)?),
-                None => {
-                    if let (Format::Qcow2, Some(q)) = (
-                        format,
-                        open::qcow2(
-                            &path,
-                            &how,
-                            |o| ringfort_block::ImageOptions { backing: false, ..o },
-                            &p,
-                        )?,
-                    ) && q.header().version >= 3
-                    {
-                        bitmaps = Some(q.bitmaps_size(new.qcow2.cluster_size)?);
-                    }
-                    Some(open::image(&path, &how, &p)?.0)
-                }
+            let alone = |o| ringfort_block::ImageOptions { backing: false, ..o };
+            if format == Format::Qcow2
+                && let Some(q) = open::qcow2(&path, &how, alone, &p)?
+                && q.header().version >= 3
+            {
+                bitmaps = Some(q.bitmaps_size(new.qcow2.cluster_size)?);
             }
+            Some(match p.value("l") {
+                Some(key) => open::snapshot(&path, &how, key, &p)?,
+                None => open::image(&path, &how, &p)?.0,
+            })
         }
         ([_], Some(_)) => return Err(Failure::new("--size N cannot be used together with a filename")),
         ([], None) => return Err(Failure::new("Either --size N or one filename must be specified")),

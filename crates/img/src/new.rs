@@ -5,7 +5,7 @@ use crate::{Failure, size};
 use ringfort_block::format::qcow2::header::{Compression, Header};
 use ringfort_block::format::qcow2::{self, CreateOptions, Preallocation};
 use ringfort_block::format::{Qcow2, relative_to};
-use ringfort_block::graph::Node;
+use ringfort_block::node::Joint;
 use ringfort_block::storage::{FileStorage, NewFile, StorageOptions};
 use ringfort_block::{BlockBackend, Format, ImageOptions, SharedSlice, open_image, open_storage_image};
 use std::path::Path;
@@ -184,7 +184,8 @@ impl New {
         let options = CreateOptions { size: bytes, ..self.qcow2.clone() };
         qcow2::create(&file, &options).map_err(|e| fail(e.to_string()))?;
         let data = match &self.qcow2.data_file {
-            Some(name) => Some(NewFile::create(&relative_to(Path::new(path), name))?),
+            // Relative names start at the working folder here, as in QEMU.
+            Some(name) => Some(NewFile::create(Path::new(name))?),
             None => None,
         };
         let data_file = match &data {
@@ -203,7 +204,7 @@ impl New {
                     read_only: true,
                     ..ImageOptions::default()
                 };
-                Some(Node::new(open_image(&relative_to(Path::new(path), name), &options)?))
+                Some(Arc::new(Joint::new(open_image(&relative_to(Path::new(path), name), &options)?)))
             }
             _ => None,
         };

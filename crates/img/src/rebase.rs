@@ -6,7 +6,6 @@ use crate::progress::Progress;
 use crate::{Done, Failure, Streams, open};
 use open::How;
 use ringfort_block::format::{detect, relative_to};
-use ringfort_block::graph::Node;
 use ringfort_block::job::{self, Job};
 use ringfort_block::storage::{FileStorage, StorageOptions};
 use ringfort_block::{BlockBackend, ImageOptions, open_image};
@@ -69,7 +68,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
                 )
             }
         };
-        let old = q.backing().map(|n| n.disk());
+        let old = q.backing().map(|n| n.below());
         let progress = Progress::new(s.out, p.has("p") && !p.has("q"), q.size());
         let watch = |done, _| progress.set(done);
         let job = Job::new(q.size(), None, Some(&watch));
@@ -77,9 +76,6 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
         job::rebase(&q, old.as_deref(), new.as_deref(), unit, threads(None)?, &job)
             .map_err(|e| Failure::new(format!("error while rebasing {path}: {e}")))?;
         q.set_backing_name(name.as_deref(), new_format.as_deref())?;
-        if let (Some(node), Some(new)) = (q.backing(), new) {
-            Node::exchange(node, |_| Ok(new))?;
-        }
         progress.end();
     } else {
         q.set_backing_name(name.as_deref(), new_format.as_deref())?;

@@ -211,6 +211,13 @@ pub fn relative_to(image: &Path, name: &str) -> PathBuf {
     }
 }
 
+/// The external data file that an image in `image` means by `name`. QEMU starts relative names at the working folder,
+/// which is where they are looked for first; an image that was moved along with its data file finds it beside itself.
+pub fn data_file_of(image: &Path, name: &str) -> PathBuf {
+    let here = Path::new(name.strip_prefix("file:").unwrap_or(name));
+    if here.is_relative() && !here.exists() { relative_to(image, name) } else { here.into() }
+}
+
 /// Whether a name in an image means something other than a file: a protocol, or QEMU's JSON notation.
 fn is_protocol(name: &str) -> bool {
     let head = name.split('/').next().unwrap_or(name);

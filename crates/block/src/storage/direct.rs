@@ -4,7 +4,7 @@
 //! aligned copy; a write that covers blocks in part reads them first. Such a read-modify-write excludes all other
 //! writes, so that a neighbour's bytes in the same block are not put back to what they were.
 
-use super::file::{read_fd, write_fd};
+use super::file::{read_fd, read_some, write_fd};
 use crate::gate::{Gate, Hold};
 use crate::{SharedSlice, SharedSliceMut, gather, scatter, slice_of, slice_of_mut, total, total_mut};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -45,7 +45,27 @@ impl Drop for Bounce {
     }
 }
 
-/// Aligned access to a file opened with O_DIRECT, whose size is a multiple of `align`.
+/// Fill `area` from `at` on, both aligned, as far as the file reaches; gives the bytes. What is behind is zero.
+fn read_block(file: &File, area: &mut [u8], at: u64) -> io::Result<usize> {
+    let there = file.metadata().map(|m| m.len())?;
+    let mut done = 0;
+    while done < area.len() {
+        let rest = SharedSliceMut::new(&mut area[done..]);
+        match read_some(file, &rest, at + done as u64)? {
+            0 => break,
+            n => done += n,
+        }
+        // After a short read the next would not be aligned: that was the end.
+        if at + done as u64 >= there && there > 0 {
+            break;
+        }
+    }
+    area[done..].fill(0);
+    Ok(done)
+}
+
+/// Aligned access to a file opened with O_DIRECT. The file may end inside a block: a read of that block is short, and a
+/// write of it is cut back to where the data ends.
 pub struct Direct {
     align: u64,
     order: Gate,
@@ -65,6 +85,11 @@ impl Direct {
         self.order.try_share()
     }
 
+    /// Keep all other writes out, while the file's length changes.
+    pub fn alone(&self) -> impl Drop + '_ {
+        self.order.alone()
+    }
+
     fn fits<'a>(&self, offset: u64, mut parts: impl Iterator<Item = (usize, usize)> + 'a) -> bool {
         let mask = self.align - 1;
         offset & mask == 0 && parts.all(|(addr, len)| (addr as u64 | len as u64) & mask == 0)
@@ -79,7 +104,9 @@ impl Direct {
             let (at, head, want, span) = self.window(offset + done, len - done);
             let mut bounce = Bounce::new(span as usize, self.align as usize)?;
             let area = &mut bounce.bytes()[..span as usize];
-            read_fd(file, &[SharedSliceMut::new(area)], at)?;
+            if read_block(file, area, at)? < (head + want) as usize {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the image has become shorter"));
+            }
             scatter(&slice_of_mut(bufs, done, want), &area[head as usize..(head + want) as usize]);
             done += want;
         }
@@ -103,9 +130,13 @@ impl Direct {
                 write_fd(file, &[SharedSlice::new(area)], at)?;
             } else {
                 let _alone = self.order.alone();
-                read_fd(file, &[SharedSliceMut::new(area)], at)?;
+                let there = read_block(file, area, at)?;
                 gather(&part, &mut area[head as usize..(head + want) as usize]);
                 write_fd(file, &[SharedSlice::new(area)], at)?;
+                let end = there.max((head + want) as usize);
+                if end < area.len() {
+                    file.set_len(at + end as u64)?;
+                }
             }
             done += want;
         }

@@ -125,11 +125,6 @@ impl FileStorage {
         let direct = options.direct.then(|| {
             Direct::new(if block_device { u64::from(sector) } else { file_direct_alignment(&file) })
         });
-        if let Some(d) = &direct
-            && !len.is_multiple_of(d.align())
-        {
-            return Err(BlockError::Unaligned { path: path.into(), size: len, align: d.align() });
-        }
         Ok(FileStorage {
             file,
             path: path.into(),
@@ -313,6 +308,7 @@ impl FileStorage {
     pub fn reserve(&self, len: u64) -> io::Result<()> {
         if len > 0 {
             let len = check_offset(len)?;
+            let _alone = self.direct.as_ref().map(Direct::alone);
             // SAFETY: plain numbers on an open descriptor.
             if unsafe { libc::fallocate(self.file.as_raw_fd(), 0, 0, len) } != 0 {
                 return Err(io::Error::last_os_error());
@@ -351,11 +347,7 @@ impl FileStorage {
         if self.block_device {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        if let Some(d) = &self.direct
-            && !len.is_multiple_of(d.align())
-        {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
+        let _alone = self.direct.as_ref().map(Direct::alone);
         self.file.set_len(len)?;
         self.len.store(len, Ordering::Release);
         Ok(())
@@ -516,6 +508,18 @@ pub fn read_fd(file: &File, bufs: &[SharedSliceMut<'_>], offset: u64) -> io::Res
         skip += n;
     }
     Ok(())
+}
+
+/// One read from `offset`; gives the bytes, 0 at the end of the file.
+pub fn read_some(file: &File, buf: &SharedSliceMut<'_>, offset: u64) -> io::Result<usize> {
+    let position = check_offset(offset)?;
+    loop {
+        // SAFETY: the element is an iovec over memory valid for this call.
+        let n = unsafe { libc::preadv(file.as_raw_fd(), std::ptr::from_ref(buf).cast(), 1, position) };
+        if let Some(n) = advance(n)? {
+            return Ok(n);
+        }
+    }
 }
 
 /// Write `bufs` from `offset`, whatever the number of system calls.

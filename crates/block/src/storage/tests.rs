@@ -93,6 +93,23 @@ fn the_last_partial_sector_reads_as_zeroes_and_grows_when_written() {
 }
 
 #[test]
+fn direct_io_reads_and_writes_a_file_that_ends_inside_a_block() {
+    let dir = TempDir::new();
+    let path = dir.file("odd.img", &[7; 4096 + 700]);
+    let options = ImageOptions { direct: true, ..Default::default() };
+    // tmpfs of old kernels has no direct I/O.
+    let Ok(disk) = open_image(&path, &options) else { return };
+    let tail = read(&*disk, 4096 + 512, 512);
+    assert!(tail[..188].iter().all(|&b| b == 7) && tail[188..].iter().all(|&b| b == 0));
+    disk.write_at(&[SharedSlice::new(&[9; 100])], 4096 + 50).unwrap();
+    let now = std::fs::read(&path).unwrap();
+    assert_eq!(now.len(), 4096 + 700, "the size stays");
+    assert!(now[4096 + 50..4096 + 150].iter().all(|&b| b == 9) && now[4096 + 150..].iter().all(|&b| b == 7));
+    disk.write_at(&[SharedSlice::new(&[8; 512])], 4096 + 512).unwrap();
+    assert_eq!(std::fs::read(&path).unwrap()[4096 + 512..], [8; 512]);
+}
+
+#[test]
 fn random_operations_match_a_model() {
     for direct in [false, true] {
         let dir = TempDir::new();

@@ -168,14 +168,18 @@ pub fn create(storage: &FileStorage, options: &CreateOptions) -> io::Result<()> 
         for i in 0..per.min(used - b * per) {
             t.set_refcount(i as usize, h.refcount_order, 1);
         }
-        storage.write(&[SharedSlice::new(t.bytes())], t.offset)?;
+        write_front(storage, t.bytes(), t.offset)?;
         reftable[b as usize * 8..][..8].copy_from_slice(&t.offset.to_be_bytes());
     }
-    storage.write(&[SharedSlice::new(&reftable)], cluster)?;
-    let zeroes = vec![0; cluster as usize];
-    for c in 0..l1 {
-        storage.write(&[SharedSlice::new(&zeroes)], h.l1_offset + c * cluster)?;
-    }
-    storage.write(&[SharedSlice::new(&zeroes)], 0)?;
-    h.write(storage)
+    write_front(storage, &reftable, cluster)?;
+    h.write(storage)?;
+    // The L1 table, and the rest of each cluster, are zeroes.
+    storage.resize(used * cluster)
+}
+
+/// Write a table up to its last block that holds something.
+fn write_front(storage: &FileStorage, table: &[u8], offset: u64) -> io::Result<()> {
+    let end =
+        table.iter().rposition(|b| *b != 0).map_or(0, |p| (p + 1).next_multiple_of(4096).min(table.len()));
+    storage.write(&[SharedSlice::new(&table[..end])], offset)
 }

@@ -124,7 +124,7 @@ impl Qcow2 {
                     direct: options.direct,
                     lock: options.lock,
                 };
-                Some(FileStorage::open_any_size(&super::relative_to(path, name), options)?)
+                Some(FileStorage::open_any_size(&super::data_file_of(path, name), options)?)
             }
             (None, true) => {
                 return Err(BlockError::Damaged {
