@@ -48,7 +48,8 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
             Some(f) => f,
             None => detect(&file)?,
         };
-        let (actual, length) = (file.allocated()?, file.len());
+        // In sectors, as qemu-img counts it.
+        let (actual, length) = (file.allocated()?, file.len().next_multiple_of(512));
         let facts = match format {
             Format::Qcow2 => {
                 let header = Header::read(&file)?;
