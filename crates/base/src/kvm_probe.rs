@@ -44,8 +44,8 @@ pub enum KvmFitness {
 
 /// How long the guest may take before it is taken for stuck.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Loop rounds of the first try: 0.2 s at a million instructions a second.
-const FIRST: u64 = 100_000;
+/// Loop rounds of the first try: 20 ms at a million instructions a second.
+const FIRST: u64 = 10_000;
 /// Loop rounds of the second try, for a figure worth the name, if the first was quick.
 const SECOND: u64 = 20_000_000;
 /// Instructions of one round: a decrement and a jump.

@@ -10,6 +10,7 @@ pub mod kvm_probe;
 pub mod pty;
 pub mod signals;
 pub mod terminal;
+pub mod threads;
 
 pub use error::{Context, Error};
 pub use event_loop::{EventLoop, Handle, Interest, Ready, TimerId, Token};

@@ -3,7 +3,9 @@
 use crate::exit;
 use crate::progress::{BuildProgress, RunUi};
 use clap::{Args, ValueHint};
-use ringfort_vmm::config::{AccelOption, Boot, Disk, InvalidConfig, NetOption, Serial, VmConfig, parse_size};
+use ringfort_vmm::config::{
+    AccelOption, Boot, CpusOption, Disk, InvalidConfig, MemoryOption, NetOption, Serial, VmConfig,
+};
 use ringfort_vmm::saved::SaveTarget;
 use ringfort_vmm::{Options, Outcome, VmmError};
 use std::path::PathBuf;
@@ -25,16 +27,17 @@ pub struct RunArgs {
     /// Kernel command line; added to the default guest's own when no kernel is given
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
-    /// RAM, for instance 512M or 2G (plain numbers are MiB)
-    #[arg(long, short, value_name = "SIZE", default_value = "1G", value_parser = memory)]
-    memory: u64,
-    /// Number of vCPUs, 1 to 16
-    #[arg(long, short, value_name = "N", default_value_t = 1)]
-    cpus: u32,
+    /// RAM, for instance 512M or 2G (plain numbers are MiB); options: hugepages=2M, shared=on, prealloc=on, node=0-1,
+    /// policy=bind|preferred|interleave, merge=on, thp=off
+    #[arg(long, short, value_name = "SIZE[,OPTIONS]", default_value = "1G")]
+    memory: MemoryOption,
+    /// Number of vCPUs, 1 to 16; options: pin=2-5 (a host CPU for each), realtime=PRIORITY
+    #[arg(long, short, value_name = "N[,OPTIONS]", default_value = "1")]
+    cpus: CpusOption,
     /// A disk: path=FILE[,KEY=VALUE…]; may be repeated; the keys are listed below
     #[arg(long, value_name = "OPTIONS")]
     disk: Vec<Disk>,
-    /// Engine: auto, kvm, soft, or soft,tier=interp (no translation; for debugging)
+    /// Engine: auto; kvm[,dirty-ring=ENTRIES][,halt-poll=TIME]; or soft[,tier=interp] (no translation; for debugging)
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     accel: AccelOption,
     /// CPU model and features, for instance max, host, qemu64,+avx2 or EPYC,-aes; `help` lists them
@@ -112,10 +115,6 @@ Examples:
   ringfort run --kernel vmlinuz --initrd initrd --cmdline console=ttyS0
   ringfort run --kernel vmlinuz --disk path=root.img --cmdline 'console=ttyS0 root=/dev/vda'";
 
-fn memory(text: &str) -> Result<u64, String> {
-    parse_size(text, 1 << 20)
-}
-
 impl RunArgs {
     /// Do it.
     pub fn run(self) -> ExitCode {
@@ -135,9 +134,12 @@ impl RunArgs {
             name: self.name,
             accel: self.accel.accel,
             tier: self.accel.tier,
+            kvm: self.accel.kvm,
             cpu: self.cpu,
-            cpus: self.cpus,
-            memory: self.memory,
+            cpus: self.cpus.count,
+            placement: self.cpus.placement,
+            memory: self.memory.size,
+            backing: self.memory.backing,
             boot: Boot::default(),
             disks: self.disk,
             serial: self.serial,

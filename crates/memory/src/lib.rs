@@ -8,9 +8,11 @@
 //! Engines do not go through the accessors on their hot paths: they take a host pointer when they fill a TLB
 //! entry ([`RamMap`]) and report to the tracker themselves (see [`PageTracker::note_write`]).
 
+mod backing;
 mod map;
 mod tracker;
 
+pub use backing::{Backing, NodePolicy, allocate_with};
 pub use map::{RamMap, RamSlot};
 pub use tracker::{PAGE_SHIFT, PAGE_SIZE, PageTracker};
 pub use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestUsize};
@@ -24,6 +26,9 @@ pub enum MemoryError {
     /// The layout is empty, unaligned or overlapping.
     #[error("memory layout: {0}")]
     Layout(String),
+    /// What RAM was to be made of cannot be had.
+    #[error("{0}")]
+    Backing(String),
     /// The host refuses.
     #[error("cannot allocate {size} bytes of guest memory at {base:#x}: {reason}")]
     Allocate {
@@ -42,24 +47,5 @@ pub enum MemoryError {
 /// # Errors
 /// [`MemoryError`].
 pub fn allocate(layout: &[(u64, u64)]) -> Result<GuestMemory, MemoryError> {
-    for &(base, size) in layout {
-        if size == 0 || size % PAGE_SIZE != 0 || base % PAGE_SIZE != 0 {
-            return Err(MemoryError::Layout(format!("{base:#x}+{size:#x} is not a whole number of pages")));
-        }
-        let fail = |reason: String| MemoryError::Allocate { base, size, reason };
-        usize::try_from(size).map_err(|e| fail(e.to_string()))?;
-    }
-    let ranges: Vec<(GuestAddress, usize)> =
-        layout.iter().map(|&(base, size)| (GuestAddress(base), size as usize)).collect();
-    let memory = GuestMemory::from_ranges(&ranges).map_err(|e| MemoryError::Allocate {
-        base: layout.first().map_or(0, |l| l.0),
-        size: layout.iter().map(|l| l.1).sum(),
-        reason: e.to_string(),
-    })?;
-    for slot in RamMap::new(&memory).slots() {
-        // SAFETY: the range is exactly one live anonymous mapping owned by `memory`; MADV_HUGEPAGE only advises.
-        // A host without huge pages refuses, which changes nothing.
-        unsafe { libc::madvise(slot.host.cast(), slot.size as usize, libc::MADV_HUGEPAGE) };
-    }
-    Ok(memory)
+    allocate_with(layout, &Backing::default())
 }

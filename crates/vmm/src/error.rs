@@ -13,6 +13,9 @@ pub enum VmmError {
     /// The CPU model is not known.
     #[error("--cpu: {0}")]
     Cpu(String),
+    /// vCPUs cannot run where or how they were to.
+    #[error("--cpus: {0}")]
+    Cpus(String),
     /// The engine asked for cannot be had.
     #[error("--accel: {0}")]
     Accel(String),

@@ -1,6 +1,6 @@
 //! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
 
-use crate::config::VmConfig;
+use crate::config::{Placement, VmConfig};
 use crate::disk::OnTrouble;
 use crate::error::VmmError;
 use crate::lines::{self, Hold, Lines, Room};
@@ -8,6 +8,7 @@ use crate::net::Card;
 use crate::saved::{OpenDisk, Saved};
 use crate::time::{MachineClock, TimerService};
 use crate::vcpus::{VcpuEvent, Vcpus};
+use ringfort_base::threads;
 use ringfort_bus::{IrqLine, MsiSink};
 use ringfort_devices::pci::PciFunction;
 use ringfort_devices::power::PowerSink;
@@ -89,7 +90,7 @@ impl Machine {
             }
         };
         let layout = Layout::new(config.memory, cpus.physical_bits())?;
-        let memory = layout.allocate()?;
+        let memory = layout.allocate_with(&config.backing.backing())?;
 
         let clock = MachineClock::new();
         let timers = TimerService::start(clock.clone()).map_err(host("starting the timer thread"))?;
@@ -144,6 +145,7 @@ impl Machine {
             .map(|(id, table)| vm.create_vcpu(id, table.clone()))
             .collect::<Result<_, _>>()?;
         let vcpus = Vcpus::start(vcpus, report).map_err(host("starting the vCPU threads"))?;
+        place(&vcpus, &config.placement)?;
 
         let mut machine = Machine {
             config: config.clone(),
@@ -292,6 +294,33 @@ impl Machine {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// Put the vCPUs' threads where `placement` says.
+fn place(vcpus: &Vcpus, placement: &Placement) -> Result<(), VmmError> {
+    let fail = |what: String| Err(VmmError::Cpus(what));
+    if !placement.pin.is_empty() {
+        let pin = placement.pin.clone();
+        let done = vcpus.with_each(move |n, _| pin.get(n).map_or(Ok(()), |&cpu| threads::pin(cpu)));
+        let failed = placement.pin.iter().zip(done).find_map(|(cpu, d)| Some((cpu, d.err()?)));
+        if let Some((cpu, e)) = failed {
+            let usable: Vec<String> =
+                threads::usable_cpus().unwrap_or_default().iter().map(u32::to_string).collect();
+            return fail(format!(
+                "pin: no vCPU can run on host CPU {cpu} ({e}); usable are {}",
+                usable.join(", ")
+            ));
+        }
+    }
+    if let Some(priority) = placement.realtime
+        && let Some(e) =
+            vcpus.with_each(move |_, _| threads::real_time(priority)).into_iter().find_map(Result::err)
+    {
+        return fail(format!(
+            "realtime={priority}: {e}; run with the capability CAP_SYS_NICE or raise the limit (ulimit -r), or leave it out"
+        ));
+    }
+    Ok(())
 }
 
 /// A random UUID (RFC 9562 section 5.4).

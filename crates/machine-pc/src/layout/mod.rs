@@ -19,7 +19,7 @@
 #[cfg(test)]
 mod tests;
 
-use ringfort_memory::{GuestMemory, MemoryError, PAGE_SIZE};
+use ringfort_memory::{Backing, GuestMemory, MemoryError, PAGE_SIZE};
 
 /// RAM below 4 GiB ends here at the latest.
 pub const LOW_RAM_LIMIT: u64 = 0xc000_0000;
@@ -139,7 +139,15 @@ impl Layout {
     /// # Errors
     /// When the host refuses.
     pub fn allocate(&self) -> Result<GuestMemory, MemoryError> {
-        ringfort_memory::allocate(&self.ram_ranges())
+        self.allocate_with(&Backing::default())
+    }
+
+    /// Allocate the RAM, made of what `backing` says.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn allocate_with(&self, backing: &Backing) -> Result<GuestMemory, MemoryError> {
+        ringfort_memory::allocate_with(&self.ram_ranges(), backing)
     }
 
     /// RAM in bytes.

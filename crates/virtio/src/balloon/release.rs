@@ -10,7 +10,7 @@ pub trait MemoryReleaser: Send + Sync {
     fn release(&self, gpa: u64, len: u64);
 }
 
-/// Releases pages with `madvise(MADV_DONTNEED)`.
+/// Releases pages with `madvise`: MADV_REMOVE where RAM is a memory file, else MADV_DONTNEED.
 ///
 /// The host addresses stay mapped, so pointers that engines keep in their TLBs stay valid. The pages' content changes
 /// to zeroes, which the page trackers are told: code decoded from them is dropped, and they count as written.
@@ -37,15 +37,16 @@ impl MemoryReleaser for HostRelease {
                 continue;
             }
             let offset = from - slot.base;
-            // SAFETY: the range lies inside the slot's mapping, which `ram` holds; it is private anonymous memory
-            // that only the guest's data lives in, and nobody holds Rust references to guest RAM.
-            let failed = unsafe {
-                libc::madvise(
-                    slot.host.add(offset as usize).cast(),
-                    (to - from) as usize,
-                    libc::MADV_DONTNEED,
-                )
-            } != 0;
+            // A memory file keeps its pages unless a hole is made in it; private memory has no file to make one in.
+            let failed = [libc::MADV_REMOVE, libc::MADV_DONTNEED].into_iter().all(|advice| {
+                // SAFETY: the range lies inside the slot's mapping, which `ram` holds; only the guest's data lives in it, and nobody holds
+                // Rust references to guest RAM.
+                let done = unsafe {
+                    let at = slot.host.add(offset as usize).cast();
+                    libc::madvise(at, (to - from) as usize, advice)
+                };
+                done != 0
+            });
             // A host that refuses keeps the pages as they are, which is allowed.
             if !failed {
                 for page in offset >> PAGE_SHIFT..(to - slot.base) >> PAGE_SHIFT {

@@ -3,11 +3,13 @@
 //! [`VmConfig::validate`] gives all errors at once, each naming its field.
 
 mod disk;
+mod hardware;
 mod net;
 mod parse;
 mod size;
 
 pub use disk::{Discard, Disk, DiskFormat};
+pub use hardware::{CpusOption, KvmConfig, MemoryBacking, MemoryOption, Placement, Policy};
 pub use net::{Link, MAX_NICS, NetOption, Nic, NicModel};
 pub use parse::ParseError;
 pub use size::{format_size, parse_size};
@@ -50,12 +52,14 @@ pub enum Tier {
 }
 
 /// What `--accel` says: an engine, and for the software engine how it works.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct AccelOption {
     /// The engine.
     pub accel: Accel,
     /// How the software engine works.
     pub tier: Tier,
+    /// How KVM is used.
+    pub kvm: KvmConfig,
 }
 
 /// What to start.
@@ -99,12 +103,18 @@ pub struct VmConfig {
     pub accel: Accel,
     /// How the software engine executes guest code.
     pub tier: Tier,
+    /// How KVM is used.
+    pub kvm: KvmConfig,
     /// CPU model with features: `MODEL[,+feature,-feature…]`.
     pub cpu: String,
     /// vCPUs.
     pub cpus: u32,
+    /// Where and how vCPUs' threads run.
+    pub placement: Placement,
     /// RAM in bytes.
     pub memory: u64,
+    /// What RAM is made of.
+    pub backing: MemoryBacking,
     /// What to start.
     pub boot: Boot,
     /// Disks, in order.
@@ -125,9 +135,12 @@ impl Default for VmConfig {
             name: "guest".into(),
             accel: Accel::Auto,
             tier: Tier::Translate,
+            kvm: KvmConfig::default(),
             cpu: "max".into(),
             cpus: 1,
+            placement: Placement::default(),
             memory: 1 << 30,
+            backing: MemoryBacking::default(),
             boot: Boot::default(),
             disks: Vec::new(),
             serial: Serial::default(),
@@ -225,6 +238,8 @@ impl VmConfig {
                 problem(&format!("nets[{n}].mac"), "is another card's as well; give each its own".into());
             }
         }
+        problems.extend(self.backing.problems(self.memory));
+        problems.extend(self.placement.problems(self.cpus));
         if problems.is_empty() { Ok(()) } else { Err(InvalidConfig(problems)) }
     }
 }

@@ -1,6 +1,6 @@
 //! `key=value,key=value` options of the command line.
 
-use super::{Accel, AccelOption, Serial, Tier};
+use super::{Accel, AccelOption, KvmConfig, Serial, Tier};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -74,20 +74,23 @@ impl FromStr for Accel {
 impl FromStr for AccelOption {
     type Err = ParseError;
 
-    /// `auto`, `kvm`, `soft`, `soft,tier=translate`, `soft,tier=interp`.
+    /// `auto`, `kvm[,dirty-ring=N][,halt-poll=TIME]`, `soft`, `soft,tier=translate`, `soft,tier=interp`.
     fn from_str(text: &str) -> Result<AccelOption, ParseError> {
         let (engine, options) = text.split_once(',').map_or((text, None), |(e, o)| (e, Some(o)));
         let accel: Accel = engine.parse()?;
         let tier = match options {
             None => Tier::default(),
+            Some(o) if accel == Accel::Kvm => {
+                return Ok(AccelOption { accel, kvm: KvmConfig::from_options(o)?, ..AccelOption::default() });
+            }
             Some(_) if accel != Accel::Soft => {
-                return Err(ParseError(format!("'{text}': only soft takes options")));
+                return Err(ParseError(format!("'{text}': name an engine, kvm or soft, to give it options")));
             }
             Some("tier=translate") => Tier::Translate,
             Some("tier=interp") => Tier::Interp,
             Some(o) => return Err(ParseError(format!("'{o}': give tier=translate or tier=interp"))),
         };
-        Ok(AccelOption { accel, tier })
+        Ok(AccelOption { accel, tier, kvm: KvmConfig::default() })
     }
 }
 
@@ -97,7 +100,7 @@ mod tests {
 
     #[test]
     fn engines() {
-        let soft = |tier| Ok(AccelOption { accel: Accel::Soft, tier });
+        let soft = |tier| Ok(AccelOption { accel: Accel::Soft, tier, ..AccelOption::default() });
         assert_eq!("soft".parse(), soft(Tier::Translate));
         assert_eq!("soft,tier=interp".parse(), soft(Tier::Interp));
         for bad in ["tcg", "kvm,tier=interp", "soft,tier=fast", "soft,", ""] {

@@ -1,0 +1,155 @@
+//! What a machine is made of on the host: memory, placement of vCPUs, and which engine is taken and why.
+
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use support::tiny::Code;
+use support::*;
+
+/// A guest that says that it runs and then does nothing, with these options.
+fn idle(scratch: &Scratch, options: &[&str]) -> Guest {
+    let kernel = scratch.file("kernel", &Code::new().print("running\n").halt().multiboot());
+    let mut args = vec!["run", "--kernel", text(&kernel)];
+    args.extend(options);
+    let mut g = Guest::start(ringfort(&args));
+    g.expect("running");
+    g
+}
+
+/// The one line of a refusal.
+fn refused(command: &mut Command) -> String {
+    let out = command.stdin(Stdio::null()).output().expect("the command");
+    let said = String::from_utf8(out.stderr).expect("text");
+    assert_eq!(out.status.code(), Some(2), "{command:?}: {said}");
+    assert_eq!(said.lines().count(), 1, "{command:?}: {said}");
+    said
+}
+
+/// Name, and a line of `status`, of every thread of a process.
+fn threads(pid: u32, key: &str) -> Vec<(String, String)> {
+    let folder = PathBuf::from(format!("/proc/{pid}/task"));
+    let read = |p: PathBuf| std::fs::read_to_string(p).expect("a thread's file");
+    std::fs::read_dir(folder)
+        .expect("threads")
+        .map(|t| {
+            let t = t.expect("a thread").path();
+            let status = read(t.join("status"));
+            let value =
+                status.lines().find_map(|l| l.strip_prefix(key)).unwrap_or_default().trim().to_owned();
+            (read(t.join("comm")).trim().to_owned(), value)
+        })
+        .collect()
+}
+
+#[test]
+fn vcpu_threads_have_names_and_run_where_they_should() {
+    let scratch = Scratch::new("pin");
+    let cpus = ringfort_base::threads::usable_cpus().expect("CPUs");
+    let (first, last) = (cpus[0].to_string(), cpus[cpus.len() - 1].to_string());
+    let option = format!("2,pin={last}+{first}");
+    let g = idle(&scratch, &["--accel", "soft", "--memory", "64M", "--cpus", &option]);
+    let all = threads(g.pid(), "Cpus_allowed_list:");
+    assert!(all.contains(&("vcpu0".into(), last)), "{all:?}");
+    assert!(all.contains(&("vcpu1".into(), first)), "{all:?}");
+}
+
+#[test]
+fn memory_is_made_of_what_was_asked_for() {
+    let scratch = Scratch::new("backing");
+    let g = idle(&scratch, &["--accel", "soft", "--memory", "size=64M,shared=on,prealloc=on,thp=off"]);
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", g.pid())).expect("its mappings");
+    let ram = maps.split("guest-ram").nth(1).expect("a memory file");
+    let field = |name: &str| {
+        let line = ram.lines().find(|l| l.starts_with(name)).expect("a field");
+        line.split_whitespace().nth(1).expect("a number").parse::<u64>().expect("a number")
+    };
+    assert_eq!((field("Size:"), field("Rss:")), (64 << 10, 64 << 10));
+}
+
+#[test]
+fn what_the_host_does_not_have_is_refused() {
+    let scratch = Scratch::new("host-bad");
+    let kernel = scratch.file("kernel", &Code::new().halt().multiboot());
+    let run = |options: &[&str]| {
+        let mut c = ringfort(&["run", "--kernel", text(&kernel), "--accel", "soft"]);
+        c.args(options);
+        refused(&mut c)
+    };
+    for (options, says) in [
+        (["--memory", "64M,hugepages=512G"], "--memory: "),
+        (["--memory", "65M,hugepages=2M"], "no whole number of 2M pages"),
+        (["--memory", "64M,node=999"], "no such NUMA node"),
+        (["--memory", "64M,huge=on"], "unknown memory option 'huge'"),
+        (["--cpus", "2,pin=0"], "pin names 1 host CPUs for 2 vCPUs"),
+        (["--cpus", "1,pin=4000"], "--cpus: pin: no vCPU can run on host CPU 4000"),
+        (["--cpus", "1,realtime=100"], "from 1 to 99"),
+        (["--accel", "kvm,dirty-ring=many"], "number of entries"),
+        (["--accel", "auto,halt-poll=5"], "name an engine"),
+    ] {
+        let said = match options[0] {
+            "--accel" => refused(&mut ringfort(&["run", "--kernel", text(&kernel), options[0], options[1]])),
+            _ => run(&options),
+        };
+        assert!(said.contains(says), "{options:?}: {said}");
+    }
+}
+
+/// Whether this process may mount.
+fn root() -> bool {
+    std::fs::read_to_string("/proc/self/status")
+        .is_ok_and(|s| s.contains("CapEff:\t000001f") || s.contains("CapEff:\t000003f"))
+}
+
+#[test]
+fn a_kvm_that_cannot_be_used_says_why() {
+    let scratch = Scratch::new("kvm-bad");
+    let kernel = scratch.file("kernel", &Code::new().halt().multiboot());
+    let ringfort = env!("CARGO_BIN_EXE_ringfort");
+    let run = format!("{ringfort} run --accel kvm --kernel {}", text(&kernel));
+    if !Path::new("/dev/kvm").exists() {
+        let said = refused(Command::new("sh").args(["-c", &run]));
+        assert!(said.contains("there is no /dev/kvm"), "{said}");
+        println!("skipped in part: there is no /dev/kvm");
+        return;
+    }
+    let mut unshared = Command::new("unshare");
+    // In a mount name space of its own, another device lies over the real one.
+    let over = |what: &str| format!("mount --bind {what} /dev/kvm && exec {run}");
+    if !root() || !Command::new("unshare").args(["-m", "true"]).status().is_ok_and(|s| s.success()) {
+        println!("skipped: this needs the right to mount");
+        return;
+    }
+    let said = refused(unshared.args(["-m", "sh", "-c", &over("/dev/null")]));
+    assert!(said.contains("/dev/kvm is no KVM device"), "{said}");
+    let file = scratch.file("closed", b"");
+    Command::new("chmod").args(["600", text(&file)]).status().expect("chmod");
+    // As a user who may not: the programs' folders must be open to it.
+    let copy = scratch.0.join("ringfort");
+    std::fs::copy(ringfort, &copy).expect("a copy");
+    Command::new("chmod").args(["755", text(&scratch.0), text(&copy)]).status().expect("chmod");
+    let command = format!(
+        "mount --bind {} /dev/kvm && exec setpriv --reuid 65534 --regid 65534 --clear-groups {} run --accel kvm --kernel {}",
+        text(&file),
+        text(&copy),
+        text(&kernel)
+    );
+    let said = refused(Command::new("unshare").args(["-m", "sh", "-c", &command]));
+    assert!(said.contains("may not be used by this user") && said.contains("group"), "{said}");
+}
+
+#[test]
+fn auto_says_in_one_line_which_engine_and_why() {
+    let scratch = Scratch::new("auto");
+    let kernel = scratch.file("kernel", &Code::new().power_off().multiboot());
+    let out = ringfort(&["run", "--kernel", text(&kernel), "--memory", "64M"])
+        .stdin(Stdio::null())
+        .output()
+        .expect("ringfort");
+    let said = String::from_utf8(out.stderr).expect("text");
+    assert_eq!(out.status.code(), Some(0), "{said}");
+    let lines: Vec<&str> = said.lines().filter(|l| l.contains("engine: ")).collect();
+    assert_eq!(lines.len(), 1, "{said}");
+    assert!(lines[0].contains("engine: soft (") || lines[0].contains("engine: kvm ("), "{said}");
+    assert!(lines[0].contains("kvm"), "says what stands with KVM: {said}");
+}
