@@ -22,7 +22,7 @@ pub fn decoder(data: &[u8]) {
     let features = FeatureSet::from_cpuid(&table);
     let code = input.rest();
     let code = &code[..code.len().min(4096)];
-    let mut decoder = decode::decoder(code, mode, decode::options(&table));
+    let mut decoder = decode::decoder(code, 0, mode, decode::options(&table));
     let mut at = 0;
     while at < code.len() {
         let Fetched::Instruction(i) = decode::next(&mut decoder) else { break };

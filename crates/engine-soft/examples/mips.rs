@@ -1,9 +1,10 @@
-//! How fast the interpreter is: millions of guest instructions per second on a few kinds of loops.
+//! How fast the engine is: millions of guest instructions per second on a few kinds of loops.
 //!
-//! `cargo run --release -p ringfort-engine-soft --example mips [NAME]`
+//! `cargo run --release -p ringfort-engine-soft --example mips [NAME]`; `RINGFORT_TIER=interp` leaves the translator out.
 
 use ringfort_engine_soft::cpu::{Activity, RIP, gpr};
 use ringfort_engine_soft::testing::{Machine, TestMode, layout};
+use ringfort_engine_soft::translate::Translator;
 use std::arch::global_asm;
 use std::time::Instant;
 
@@ -108,6 +109,9 @@ fn main() {
         for _ in 0..3 {
             let mut m = Machine::new(TestMode::Long64);
             m.load_code(code);
+            if std::env::var_os("RINGFORT_TIER").is_none_or(|t| t != "interp") {
+                m.cpu.translator = Some(Translator::new().expect("memory for code"));
+            }
             let r = &mut m.cpu.regs;
             r[gpr::RCX] = rounds;
             r[gpr::RDX] = 0;

@@ -52,16 +52,6 @@ impl CodeMemory {
         self.executable as usize + offset
     }
 
-    /// Read what was written at `offset`.
-    ///
-    /// # Panics
-    /// When the range lies outside.
-    pub fn read_u64(&self, offset: usize) -> u64 {
-        assert!(offset <= self.size && self.size - offset >= 8, "code memory: read outside");
-        // SAFETY: the range was just checked to lie inside the mapping.
-        unsafe { self.writable.add(offset).cast::<u64>().read_unaligned() }
-    }
-
     /// Write `bytes` at `offset`. The caller makes sure that nobody executes what is overwritten.
     ///
     /// # Panics

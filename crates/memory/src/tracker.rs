@@ -11,10 +11,14 @@ pub const PAGE_SIZE: u64 = 1 << PAGE_SHIFT;
 
 /// The bit of a page's code word that says "an engine holds code decoded from here".
 const CODE: u32 = 1 << 31;
+/// The bit that says "some engine may store here without telling". Never together with [`CODE`].
+const FAST: u32 = 1 << 30;
+/// The generation's bits.
+const GENERATION: u32 = FAST - 1;
 
 #[derive(Debug, Default)]
 struct Pages {
-    /// Per page: [`CODE`] and a 31-bit generation, which moves with each write to a page while it holds code.
+    /// Per page: [`CODE`], [`FAST`] and a 30-bit generation, which moves with each write to a page while it holds code.
     code: Vec<AtomicU32>,
     /// Per page one bit: written since the dirty log was last taken.
     dirty: Vec<AtomicU64>,
@@ -27,19 +31,37 @@ struct Pages {
 /// An engine that decodes instructions calls [`begin_code`](Self::begin_code) and keeps the generation; the decoded
 /// block is valid while [`generation`](Self::generation) is unchanged. Whoever writes to the page calls
 /// [`note_write`](Self::note_write) (vm-memory's accessors do), which moves the generation on if the page holds code.
-/// An engine's store fast path must not cover pages for which [`has_code`](Self::has_code) is true.
+/// An engine's store fast path covers only pages for which [`allow_fast_writes`](Self::allow_fast_writes) said yes.
 #[derive(Debug, Clone, Default)]
 pub struct PageTracker {
     pages: Arc<Pages>,
 }
 
 impl PageTracker {
+    /// See [`PageTracker::word`].
+    pub const CODE_BIT: u32 = CODE;
+
     /// Declare that code of `page` (number within the region) is being decoded. Gives the generation to remember, and
-    /// whether the page was free of code until now: then stores through entries filled before are not yet seen,
-    /// and the caller must make every vCPU drop its fast store paths to the page.
+    /// whether some engine may have a fast store path to the page: then stores are not yet seen, and the caller must make
+    /// every vCPU drop such paths.
     pub fn begin_code(&self, page: u64) -> (u32, bool) {
-        let old = self.pages.code[page as usize].fetch_or(CODE, Ordering::SeqCst);
-        (old & !CODE, old & CODE == 0)
+        let word = &self.pages.code[page as usize];
+        // Never fails to make progress: the closure always gives a value.
+        let old = match word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |w| Some(w & !FAST | CODE)) {
+            Ok(old) | Err(old) => old,
+        };
+        (old & GENERATION, old & FAST != 0)
+    }
+
+    /// Whether an engine may store to `page` without telling; remembered if so.
+    #[inline]
+    pub fn allow_fast_writes(&self, page: u64) -> bool {
+        let word = &self.pages.code[page as usize];
+        if word.load(Ordering::SeqCst) & (CODE | FAST) == FAST {
+            return true;
+        }
+        let allow = |w: u32| (w & CODE == 0).then_some(w | FAST);
+        word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, allow).is_ok()
     }
 
     /// Whether an engine holds code of `page`.
@@ -51,11 +73,11 @@ impl PageTracker {
     /// The page's code generation.
     #[inline]
     pub fn generation(&self, page: u64) -> u32 {
-        self.pages.code[page as usize].load(Ordering::Acquire) & !CODE
+        self.pages.code[page as usize].load(Ordering::Acquire) & GENERATION
     }
 
     /// The page's code word itself, for engines that check generations inline: valid while the tracker lives.
-    /// The generation is the word without its top bit.
+    /// The word is [`CODE_BIT`](Self::CODE_BIT) plus the generation while what was decoded is valid.
     #[inline]
     pub fn word(&self, page: u64) -> *const AtomicU32 {
         &raw const self.pages.code[page as usize]
@@ -80,8 +102,9 @@ impl PageTracker {
     pub fn drop_code(&self, page: u64) {
         let word = &self.pages.code[page as usize];
         // Never fails to make progress: the closure always gives a new value.
-        let _ = word
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |w| Some((w & !CODE).wrapping_add(1) & !CODE));
+        let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |w| {
+            Some((w & GENERATION).wrapping_add(1) & GENERATION | w & FAST)
+        });
     }
 
     /// Begin or end dirty logging. The caller makes engines drop their fast store paths afterwards, so that the first
@@ -157,7 +180,7 @@ mod tests {
         let mem = allocate(&[(0, 0x10000), (0x100000, 0x10000)]).unwrap();
         let t = crate::RamMap::new(&mem).slots()[1].tracker.clone();
         let (g, fresh) = t.begin_code(3);
-        assert!(fresh && !t.begin_code(3).1 && t.has_code(3));
+        assert!(!fresh && t.has_code(3));
         mem.write_slice(&[1, 2], GuestAddress(0x104000)).unwrap();
         assert_eq!(t.generation(3), g);
         mem.write_slice(&[1, 2], GuestAddress(0x103fff)).unwrap();

@@ -9,8 +9,8 @@ pub use sync::CodeSync;
 
 use crate::cpu::{Cpu, Trap};
 use crate::decode::{self, Fetched, Mode, Op, op_flags};
-use crate::mmu::Access;
-use ringfort_memory::PAGE_SHIFT;
+use crate::mmu::{Access, Mapping};
+use ringfort_memory::{PAGE_SHIFT, PageTracker};
 use ringfort_x86::segment::{CS, DS, ES, SS};
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -58,6 +58,12 @@ pub struct Block {
 }
 
 impl Block {
+    /// Where its first instruction lies in its page.
+    #[inline(always)]
+    pub fn first(&self) -> u64 {
+        self.gpa & 0xfff
+    }
+
     fn new(ops: Box<[Op]>, bytes: u16, gpa: u64, stamp: Stamp, second: Option<(u64, Stamp)>) -> Block {
         Block { ops, bytes, gpa, code: Cell::new(0), heat: Cell::new(0), stamp, second }
     }
@@ -122,6 +128,8 @@ pub struct BlockCache {
     ops: usize,
     /// Blocks decoded so far.
     pub decoded: u64,
+    /// Under which context the block found last was remembered.
+    pub context: u64,
 }
 
 // SAFETY: the raw pointers point into boxes that the cache owns and to words that outlive it; it is used by one thread at a time.
@@ -137,6 +145,7 @@ impl Default for BlockCache {
             replaced: Vec::new(),
             ops: 0,
             decoded: 0,
+            context: 0,
         }
     }
 }
@@ -192,27 +201,43 @@ impl Cpu {
     #[inline]
     pub fn find_block(&mut self, single: bool) -> Result<*const Block, Trap> {
         let rip = self.regs[usize::from(crate::cpu::RIP)];
-        let context = self.mmu.context << 8 | self.mode_key;
         let lin = if self.code64() { rip } else { self.seg[CS].base.wrapping_add(rip) & 0xffff_ffff };
         let slot = (lin ^ lin >> 12) as usize % JUMPS;
         let j = &self.cache.jumps[slot];
         // SAFETY: a jump entry's block lives as long as the cache's map, which clears both together.
-        if j.rip == lin && j.context == context && !single && unsafe { &*j.block }.fresh() {
+        if j.rip == lin && self.in_force(j.context) && !single && unsafe { &*j.block }.fresh() {
             // Outside 64-bit mode the CS limit is part of what a fetch checks; blocks do not span it because CS loads end blocks and
             // change nothing under a running one.
             if self.code64() || rip + u64::from(unsafe_len(j.block)) <= u64::from(self.seg[CS].limit) + 1 {
+                self.cache.context = j.context >> 8;
                 return Ok(j.block);
             }
         }
-        let block = self.look_up_block(lin, rip, single)?;
+        let (block, global) = self.look_up_block(lin, rip, single)?;
+        self.cache.context = self.code_context(global);
         if !single && self.cache.transient.as_deref().is_none_or(|t| !ptr::eq(t, block)) {
+            let context = self.code_context(global) << 8 | self.mode_key;
+            self.mmu.note_fetched(lin, global);
             self.cache.jumps[slot] = Jump { rip: lin, context, block };
         }
         Ok(block)
     }
 
+    /// What identifies where code lies: in global pages or others.
+    #[inline]
+    pub(crate) fn code_context(&self, global: bool) -> u64 {
+        if global { self.mmu.global_context } else { self.mmu.context }
+    }
+
+    #[inline(always)]
+    fn in_force(&self, context: u64) -> bool {
+        context == self.mmu.context << 8 | self.mode_key
+            || context == self.mmu.global_context << 8 | self.mode_key
+    }
+
+    /// The block, and whether its (first) page is global.
     #[cold]
-    fn look_up_block(&mut self, lin: u64, rip: u64, single: bool) -> Result<*const Block, Trap> {
+    fn look_up_block(&mut self, lin: u64, rip: u64, single: bool) -> Result<(*const Block, bool), Trap> {
         if self.code64() {
             if (rip << 16) as i64 >> 16 != rip as i64 {
                 return Err(self.gp(0));
@@ -220,42 +245,48 @@ impl Cpu {
         } else if rip > u64::from(self.seg[CS].limit) {
             return Err(self.gp(0));
         }
-        let gpa = self.fetch_translate(lin)?;
+        let (gpa, global) = self.fetch_translate(lin)?;
         if single {
-            return self.decode_block(lin, rip, gpa, 1, true);
+            return Ok((self.decode_block(lin, rip, gpa, 1, true)?, global));
         }
         let key = gpa << 8 | self.mode_key;
         if let Some(b) = self.cache.blocks.get(&key) {
             let block: *const Block = &raw const **b;
             if b.fresh() && (self.code64() || rip + u64::from(b.bytes) <= u64::from(self.seg[CS].limit) + 1) {
                 match b.second {
-                    None => return Ok(block),
+                    None => return Ok((block, global)),
                     // The page that follows by linear address may be another one now.
                     Some((second, _)) => {
                         let next = (lin | 0xfff).wrapping_add(1);
-                        if self.fetch_translate(next)? == second {
-                            return Ok(block);
+                        if self.fetch_translate(next)?.0 == second {
+                            self.mmu.note_fetched(next, false);
+                            return Ok((block, false));
                         }
                     }
                 }
             }
         }
-        self.decode_block(lin, rip, gpa, MAX_OPS, false)
+        let block = self.decode_block(lin, rip, gpa, MAX_OPS, false)?;
+        // SAFETY: just decoded, and kept.
+        let crosses = unsafe { &*block }.second.is_some();
+        Ok((block, global && !crosses))
     }
 
-    /// Translate a fetch at `lin`.
-    fn fetch_translate(&mut self, lin: u64) -> Result<u64, Trap> {
-        if let Some(gpa) = self.mmu.fetch_hit(lin) {
-            return Ok(gpa);
+    /// Translate a fetch at `lin`; also whether its page is global.
+    pub(crate) fn fetch_translate(&mut self, lin: u64) -> Result<(u64, bool), Trap> {
+        if let Some(hit) = self.mmu.fetch_hit(lin) {
+            return Ok(hit);
         }
-        let mode = self.mmu.access_mode;
+        let mode = self.mmu.fetch_mode();
         let t = self.translate(lin, Access::Fetch, mode)?;
         if let Some((slot, offset)) = self.mmu.ram.find(t.gpa) {
             // SAFETY: `find` gives an offset inside the slot's mapping.
             let host = unsafe { slot.host.add(offset as usize) };
-            self.mmu.insert_fetch(mode, lin, t.gpa, host, t.large);
+            let (large, global) = (t.large, t.global);
+            let mapping = Mapping { gpa: t.gpa, host, write: false, fetch: true, large, global };
+            self.mmu.insert_fetch(lin, &mapping);
         }
-        Ok(t.gpa)
+        Ok((t.gpa, t.global))
     }
 
     /// Decode up to `most` instructions at `gpa`.
@@ -283,13 +314,15 @@ impl Cpu {
         unsafe { ptr::copy_nonoverlapping(host.add(offset as usize), bytes.as_mut_ptr(), left) };
         let mut ops: Vec<Op> = Vec::with_capacity(16);
         let mut used = 0;
-        let mut decoder = decode::decoder(bytes, mode, self.decode_options);
+        let first = (gpa & 0xfff) as usize;
+        let mut decoder = decode::decoder(bytes, first as u64, mode, self.decode_options);
         while ops.len() < most {
             let off = decoder.position();
             match decode::next(&mut decoder) {
                 Fetched::Instruction(i) => {
                     let end = off + i.len().max(1);
-                    let op = decode::lower(&i, &bytes[off..end.min(left)], off as u16, mode, &self.features);
+                    let at = (first + off) as u16;
+                    let op = decode::lower(&i, &bytes[off..end.min(left)], at, mode, &self.features);
                     used = end;
                     let last =
                         op.flags & op_flags::END != 0 || i.flow_control() != iced_x86::FlowControl::Next;
@@ -302,7 +335,7 @@ impl Cpu {
                     let mut op = decode::lower(
                         &iced_x86::Instruction::default(),
                         &[],
-                        off as u16,
+                        (first + off) as u16,
                         mode,
                         &self.features,
                     );
@@ -334,7 +367,9 @@ impl Cpu {
     ) -> Result<*const Block, Trap> {
         let next_lin = (lin | 0xfff).wrapping_add(1);
         let next_lin = if self.long_mode() { next_lin } else { next_lin & 0xffff_ffff };
-        let next = self.fetch_translate(next_lin)?;
+        // A block of two pages is remembered as if they were not global.
+        let (next, _) = self.fetch_translate(next_lin)?;
+        self.mmu.note_fetched(next_lin, false);
         let found = self.mmu.ram.find(next).map(|(s, off)| (s.host, off, s.tracker.clone()));
         let mut buf = [0u8; 30];
         buf[..head.len()].copy_from_slice(head);
@@ -354,7 +389,7 @@ impl Cpu {
                 None
             }
         };
-        let op = self.decode_one(&buf[..head.len() + more], limit)?;
+        let op = self.decode_one(&buf[..head.len() + more], gpa, limit)?;
         let block = {
             let len = op.len.into();
             Block::new(Box::new([op]), len, gpa, stamp, second)
@@ -371,9 +406,9 @@ impl Cpu {
         }
         let mut have = here;
         if here < 15 && (here as u64) < limit {
-            let mut d = decode::decoder(&buf[..here], self.mode, self.decode_options);
+            let mut d = decode::decoder(&buf[..here], 0, self.mode, self.decode_options);
             if matches!(decode::next(&mut d), Fetched::Incomplete) {
-                let next = self.fetch_translate((lin | 0xfff).wrapping_add(1))?;
+                let (next, _) = self.fetch_translate((lin | 0xfff).wrapping_add(1))?;
                 have = (limit.min(15)) as usize;
                 for (n, b) in buf[here..have].iter_mut().enumerate() {
                     match self.mmu.ram.host(next + n as u64) {
@@ -384,7 +419,7 @@ impl Cpu {
                 }
             }
         }
-        let op = self.decode_one(&buf[..have], limit)?;
+        let op = self.decode_one(&buf[..have], gpa, limit)?;
         static ALWAYS: AtomicU32 = AtomicU32::new(0);
         let stamp = Stamp { word: &ALWAYS, value: 0 };
         let block = {
@@ -394,12 +429,13 @@ impl Cpu {
         Ok(self.keep(gpa, block, true))
     }
 
-    fn decode_one(&mut self, bytes: &[u8], limit: u64) -> Result<Op, Trap> {
-        let mut d = decode::decoder(bytes, self.mode, self.decode_options);
+    fn decode_one(&mut self, bytes: &[u8], gpa: u64, limit: u64) -> Result<Op, Trap> {
+        let at = gpa & 0xfff;
+        let mut d = decode::decoder(bytes, at, self.mode, self.decode_options);
         match decode::next(&mut d) {
             Fetched::Instruction(i) => {
                 let len = i.len().max(1).min(bytes.len());
-                Ok(decode::lower(&i, &bytes[..len], 0, self.mode, &self.features))
+                Ok(decode::lower(&i, &bytes[..len], at as u16, self.mode, &self.features))
             }
             Fetched::Incomplete if bytes.len() as u64 == limit => Err(self.gp(0)),
             _ => Err(self.gp(0)),
@@ -427,13 +463,13 @@ impl Cpu {
     }
 
     /// Declare that code of `page` is being decoded, before its bytes are read.
-    fn begin_code(&mut self, tracker: &ringfort_memory::PageTracker, page: u64, gpa: u64) -> Stamp {
-        let (generation, fresh) = tracker.begin_code(page);
-        if fresh {
+    fn begin_code(&mut self, tracker: &PageTracker, page: u64, gpa: u64) -> Stamp {
+        let (generation, stores_unseen) = tracker.begin_code(page);
+        if stores_unseen {
             self.mmu.drop_writes_to(gpa & !0xfff);
             self.env.vm.code_sync.announce(&self.env, gpa & !0xfff);
         }
-        Stamp { word: tracker.word(page), value: generation | 1 << 31 }
+        Stamp { word: tracker.word(page), value: generation | PageTracker::CODE_BIT }
     }
 
     /// End the running block after the current instruction.

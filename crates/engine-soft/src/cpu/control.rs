@@ -118,6 +118,7 @@ impl Cpu {
         }
         self.cr0 = v;
         self.efer = efer;
+        self.update_vectors();
         if changed & (CR0_PG | CR0_WP | CR0_PE) != 0 {
             self.mmu.flush_all();
         }
@@ -188,6 +189,7 @@ impl Cpu {
             return Err(self.gp(0));
         }
         self.cr4 = v;
+        self.update_vectors();
         if changed & CR4_PCIDE != 0 {
             // Slots carry PCIDs from now on, or no longer.
             self.mmu.flush_all();
@@ -242,6 +244,7 @@ impl Cpu {
             return Err(self.gp(0));
         }
         self.xcr0 = v;
+        self.update_vectors();
         Ok(())
     }
 

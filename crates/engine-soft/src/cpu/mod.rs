@@ -113,8 +113,9 @@ pub struct Fpu {
 pub struct Cpu {
     /// RAX..R15 in encoding order, then [`ZERO`], then [`RIP`].
     ///
-    /// While a block executes, `regs[RIP]` is the offset (in CS) of the *block's* first instruction: an instruction's own
-    /// address is that plus [`Op::off`](crate::decode::Op::off). Between blocks it is the architectural RIP.
+    /// While a block executes, `regs[RIP]` is the offset (in CS) of the beginning of the *page* that the block lies in: an instruction's
+    /// own address is that plus [`Op::off`](crate::decode::Op::off), so jumps within a page leave it alone. Between blocks it is the
+    /// architectural RIP.
     pub regs: [u64; 18],
     /// The six arithmetic flags in the form that `LAHF; SETO AL` leaves in AX: AH = SF ZF 0 AF 0 PF 1 CF, AL = OF.
     pub arith: u16,

@@ -41,14 +41,14 @@ pub fn options(cpuid: &CpuidTable) -> u32 {
     o
 }
 
-/// A decoder for `bytes` in `mode`, addresses counted from 0.
-pub fn decoder(bytes: &[u8], mode: Mode, options: u32) -> Decoder<'_> {
+/// A decoder for `bytes` in `mode`, the first of which lies `at` bytes into its page; addresses are counted from the page's beginning.
+pub fn decoder(bytes: &[u8], at: u64, mode: Mode, options: u32) -> Decoder<'_> {
     let bits = match mode.code {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
         CodeSize::Bits64 => 64,
     };
-    Decoder::with_ip(bits, bytes, 0, options)
+    Decoder::with_ip(bits, bytes, at, options)
 }
 
 /// Take the next instruction.

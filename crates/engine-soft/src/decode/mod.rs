@@ -27,7 +27,7 @@ pub enum Flow {
 }
 
 /// The outcome of one instruction. On `Err` nothing that the guest can see has changed (but A/D bits and what the
-/// architecture allows to be partly done: string iterations, XSAVE), and `regs[RIP]` still is the block's address.
+/// architecture allows to be partly done: string iterations, XSAVE), and `regs[RIP]` still is that of the page.
 pub type Exec = Result<Flow, Trap>;
 
 /// Executes one op.
@@ -63,15 +63,15 @@ pub mod op_flags {
 pub struct Op {
     /// Executes it.
     pub run: Handler,
-    /// Immediate, sign-extended to 64 bits; for near branches the target's distance from the block's first instruction.
+    /// Immediate, sign-extended to 64 bits; for near branches the target's distance from the beginning of the op's page.
     pub imm: u64,
-    /// Displacement of the memory operand, sign-extended; with RIP as base relative to the block's first instruction.
+    /// Displacement of the memory operand, sign-extended; with RIP as base relative to the beginning of the op's page.
     pub disp: u64,
     /// The handler's own (for instance the address of a native stub).
     pub aux: u64,
     /// iced's `Code` as a number.
     pub code: u16,
-    /// Offset from the block's first instruction, in bytes.
+    /// Offset in its page, in bytes.
     pub off: u16,
     /// See [`op_flags`].
     pub flags: u16,
@@ -117,7 +117,7 @@ impl Mode {
 
 /// What a lowering function sees.
 pub struct Ctx<'a> {
-    /// The instruction, decoded as if the block began at address 0.
+    /// The instruction, decoded as if its page began at address 0.
     pub i: &'a Instruction,
     /// Its bytes.
     pub bytes: &'a [u8],
@@ -148,7 +148,7 @@ impl Ctx<'_> {
     }
 }
 
-/// Choose the handler for `i`, which begins `off` bytes into its block.
+/// Choose the handler for `i`, which begins `off` bytes into its page.
 pub fn lower(i: &Instruction, bytes: &[u8], off: u16, mode: Mode, features: &FeatureSet) -> Op {
     let mut op = generic(i, off, mode);
     if !features.allows(i) {

@@ -50,12 +50,12 @@ impl Cpu {
     #[inline(always)]
     pub(crate) fn probe(&self, lin: u64, size: usize, write: bool) -> Option<*mut u8> {
         let index = (lin >> 12) as usize % TLB_ENTRIES;
-        // SAFETY: `tlb` points to TLB_ENTRIES entries of the current set.
-        let e = unsafe { &*self.mmu.tlb.add(index) };
+        // SAFETY: `tlb` points to the set in force, which the Mmu owns.
+        let set = unsafe { &*self.mmu.tlb };
         // The last byte's page must be the tag: an access that crosses into the next page never matches.
         let page = lin.wrapping_add(size as u64 - 1) & !0xfff;
-        let tag = if write { e.write } else { e.read };
-        (page == tag).then(|| lin.wrapping_add(e.addend) as *mut u8)
+        let tag = if write { set.write[index] } else { set.read[index] };
+        (page == tag).then(|| lin.wrapping_add(set.addend[index]) as *mut u8)
     }
 
     /// Load from linear address `lin` with the current privilege.

@@ -1,7 +1,7 @@
 //! The slow path of guest memory accesses: misses, page crossings, MMIO, and stores that somebody must notice.
 
-use super::tlb::{NO_PAGE, mode};
-use super::walk::Access;
+use super::tlb::{Mapping, NO_PAGE, mode};
+use super::walk::{Access, Translation};
 use crate::cpu::{Cpu, Int, Trap};
 use ringfort_memory::PAGE_SHIFT;
 use ringfort_x86::Vector;
@@ -47,10 +47,10 @@ impl Cpu {
         let host = unsafe { slot.host.add(offset as usize) };
         let page = offset >> PAGE_SHIFT;
         let log_first_write = slot.tracker.logging() && access != Access::Write;
-        let write = t.write && !log_first_write && !slot.tracker.has_code(page);
+        let write = t.write && !log_first_write && slot.tracker.allow_fast_writes(page);
         if self.mmu.watched[0] == NO_PAGE || !self.mmu.watched.contains(&(lin & !0xfff)) {
-            let (gpa, fetch, large) = (t.gpa, t.fetch, t.large);
-            self.mmu.insert(m, lin, gpa, host, write, fetch, large);
+            let Translation { gpa, fetch, large, global, .. } = t;
+            self.mmu.insert(m, lin, &Mapping { gpa, host, write, fetch, large, global });
         }
         Ok(Piece { gpa: t.gpa, host: Some(host), lin, len })
     }

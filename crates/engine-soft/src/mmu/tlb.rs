@@ -1,18 +1,24 @@
 //! The software TLB.
 //!
-//! A direct-mapped array of entries for each of three access modes, in one slot per recently used address space (PCID), so that a
-//! switch of address spaces by a guest that uses PCIDs empties nothing.
+//! A direct-mapped [`TlbSet`] for each access mode. Supervisor sets are shared by all address spaces, because nearly everything in them is
+//! global; what is not leaves them when the address space changes. User sets are kept for several recently used address spaces (PCIDs), so
+//! that a switch of address spaces by a guest that uses PCIDs empties nothing.
 
 use ringfort_memory::RamMap;
 
 /// log2 of the entries per set.
-pub const TLB_BITS: u32 = 10;
+pub const TLB_BITS: u32 = 12;
 /// Entries per set.
 pub const TLB_ENTRIES: usize = 1 << TLB_BITS;
-/// Address spaces kept.
-pub const SLOTS: usize = 8;
+/// The bits of a linear address that choose the entry.
+pub const INDEX_MASK: u64 = ((TLB_ENTRIES as u64) - 1) << 12;
+/// Address spaces whose user sets are kept.
+pub const SLOTS: usize = 12;
 /// A tag that matches no page.
 pub const NO_PAGE: u64 = u64::MAX;
+
+/// Words of a bitmap with a bit per entry.
+const WORDS: usize = TLB_ENTRIES / 64;
 
 /// Access modes, one TLB set each.
 pub mod mode {
@@ -22,84 +28,235 @@ pub mod mode {
     pub const SUPERVISOR_USER: usize = 1;
     /// User.
     pub const USER: usize = 2;
-    /// How many there are.
-    pub const COUNT: usize = 3;
 }
 
-/// One page's translation. A tag is the page's linear address when the access is allowed without further ado, else [`NO_PAGE`].
+/// What a page walk found out about a page, for an entry.
 #[derive(Debug, Clone, Copy)]
-#[repr(C, align(32))]
-pub struct TlbEntry {
-    /// Tag for loads.
-    pub read: u64,
-    /// Tag for stores: only while the page's D bit is set, it holds no decoded code, and no dirty log wants its first store.
-    pub write: u64,
-    /// Tag for fetches.
-    pub fetch: u64,
-    /// Host address minus linear address.
-    pub addend: u64,
+pub struct Mapping {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Host address of the same byte.
+    pub host: *mut u8,
+    /// Stores may go there without further ado.
+    pub write: bool,
+    /// Fetches may.
+    pub fetch: bool,
+    /// Size of the page if larger than 4 KiB.
+    pub large: Option<u64>,
+    /// The same in all address spaces.
+    pub global: bool,
 }
 
-const EMPTY: TlbEntry = TlbEntry { read: NO_PAGE, write: NO_PAGE, fetch: NO_PAGE, addend: 0 };
-
-/// The entries of one access mode.
+/// The entries of one access mode: arrays, as generated code addresses them by index. A tag is the page's linear address when the access is
+/// allowed without further ado, else [`NO_PAGE`].
 #[repr(C, align(64))]
 pub struct TlbSet {
-    /// Indexed by the low bits of the page number.
-    pub entries: [TlbEntry; TLB_ENTRIES],
+    /// Tags for loads.
+    pub read: [u64; TLB_ENTRIES],
+    /// Tags for stores: only while the page's D bit is set, it holds no decoded code, and no dirty log wants its first store.
+    pub write: [u64; TLB_ENTRIES],
+    /// Host address minus linear address.
+    pub addend: [u64; TLB_ENTRIES],
+    /// Tags for fetches.
+    pub fetch: [u64; TLB_ENTRIES],
     /// Guest physical page addresses of the entries.
     pub gpa: [u64; TLB_ENTRIES],
+    /// Entries that may hold something.
+    touched: [u64; WORDS],
+    /// Entries that may hold something which is not global.
+    local: [u64; WORDS],
+    /// 2 MiB regions (by number modulo 4,096) of which an entry may come from a large page.
+    large: [u64; 64],
+    /// The same for 1 GiB regions, modulo 64.
+    huge: u64,
 }
 
-/// One address space's translations.
-pub struct Slot {
-    /// PCID it belongs to.
-    pub pcid: u16,
-    /// Holds translations of `pcid`; else they must be cleared before use.
-    pub live: bool,
-    /// For eviction: when it was last switched to.
-    pub used: u64,
-    /// Changes when any translation of the slot may have been dropped. Never the same for two slots.
-    pub epoch: u64,
-    /// Lowest and highest linear address that is covered by a large page, for INVLPG.
-    pub large: (u64, u64),
-    /// Per access mode.
-    pub sets: Box<[TlbSet; mode::COUNT]>,
+fn bit(words: &[u64], n: usize) -> bool {
+    words[n / 64 % words.len()] >> (n % 64) & 1 != 0
 }
 
-impl Slot {
-    fn new() -> Slot {
-        let set = || TlbSet { entries: [EMPTY; TLB_ENTRIES], gpa: [0; TLB_ENTRIES] };
-        Slot {
-            pcid: 0,
-            live: false,
-            used: 0,
-            epoch: 0,
-            large: (u64::MAX, 0),
-            sets: Box::new([set(), set(), set()]),
+fn set_bit(words: &mut [u64], n: usize) {
+    let len = words.len();
+    words[n / 64 % len] |= 1 << (n % 64);
+}
+
+impl TlbSet {
+    fn new() -> Box<TlbSet> {
+        // By way of the heap: a set is too large for some threads' stacks.
+        let mut set: Box<std::mem::MaybeUninit<TlbSet>> = Box::new_uninit();
+        // SAFETY: all fields are arrays of integers, for which zero bytes are a value; the tags get theirs next.
+        let mut set = unsafe {
+            std::ptr::write_bytes(set.as_mut_ptr(), 0, 1);
+            set.assume_init()
+        };
+        set.read.fill(NO_PAGE);
+        set.write.fill(NO_PAGE);
+        set.fetch.fill(NO_PAGE);
+        set
+    }
+
+    fn empty(&mut self, index: usize) {
+        self.read[index] = NO_PAGE;
+        self.write[index] = NO_PAGE;
+        self.fetch[index] = NO_PAGE;
+    }
+
+    /// The page that an entry is for; [`NO_PAGE`] if none.
+    fn page(&self, index: usize) -> u64 {
+        self.read[index].min(self.write[index]).min(self.fetch[index])
+    }
+
+    /// Call `f` for the entries in `which` (a bitmap's words).
+    fn each(words: &[u64; WORDS], mut f: impl FnMut(usize)) {
+        for (w, &bits) in words.iter().enumerate() {
+            let mut bits = bits;
+            while bits != 0 {
+                f(w * 64 + bits.trailing_zeros() as usize);
+                bits &= bits - 1;
+            }
         }
     }
 
     fn clear(&mut self) {
-        for set in self.sets.iter_mut() {
-            set.entries.fill(EMPTY);
-        }
-        self.large = (u64::MAX, 0);
+        let touched = self.touched;
+        TlbSet::each(&touched, |i| self.empty(i));
+        self.touched = [0; WORDS];
+        self.local = [0; WORDS];
+        self.large = [0; 64];
+        self.huge = 0;
     }
+
+    /// Drop what is not global.
+    fn clear_local(&mut self) {
+        let local = self.local;
+        TlbSet::each(&local, |i| self.empty(i));
+        self.local = [0; WORDS];
+    }
+
+    /// Drop the page of `lin`, or all entries from the large page that covers it.
+    fn drop_page(&mut self, lin: u64) {
+        let index = (lin >> 12) as usize % TLB_ENTRIES;
+        if self.page(index) == lin & !0xfff {
+            self.empty(index);
+        }
+        let huge = self.huge >> (lin >> 30 & 63) & 1 != 0;
+        if huge || bit(&self.large, (lin >> 21) as usize) {
+            // 4 MiB pages lie in two regions of 2 MiB.
+            let shift = if huge { 30 } else { 22 };
+            let touched = self.touched;
+            TlbSet::each(&touched, |i| {
+                let page = self.page(i);
+                if page != NO_PAGE && page >> shift == lin >> shift {
+                    self.empty(i);
+                }
+            });
+        }
+    }
+
+    /// Drop the fast store paths to the physical page `gpa`.
+    fn drop_writes_to(&mut self, gpa: u64) {
+        let touched = self.touched;
+        TlbSet::each(&touched, |i| {
+            if self.gpa[i] == gpa {
+                self.write[i] = NO_PAGE;
+            }
+        });
+    }
+
+    fn drop_all_writes(&mut self) {
+        let touched = self.touched;
+        TlbSet::each(&touched, |i| self.write[i] = NO_PAGE);
+    }
+
+    /// Enter a page; `data` if loads are allowed as well (a walk for a fetch does not say so).
+    fn insert(&mut self, lin: u64, m: &Mapping, data: bool) {
+        let page = lin & !0xfff;
+        let index = (lin >> 12) as usize % TLB_ENTRIES;
+        match m.large {
+            Some(size) if size > 4 << 20 => self.huge |= 1 << (lin >> 30 & 63),
+            Some(size) => {
+                let first = (lin & !(size - 1)) >> 21;
+                for n in first..=first + (size - 1 >> 21) {
+                    set_bit(&mut self.large, n as usize);
+                }
+            }
+            None => {}
+        }
+        // The permissions of another access to the same page stay; those of another page go.
+        if self.page(index) != page {
+            self.empty(index);
+        }
+        self.gpa[index] = m.gpa & !0xfff;
+        self.addend[index] = (m.host as u64 & !0xfff).wrapping_sub(page);
+        if data {
+            self.read[index] = page;
+            if m.write {
+                self.write[index] = page;
+            }
+        }
+        if m.fetch {
+            self.fetch[index] = page;
+        }
+        set_bit(&mut self.touched, index);
+        if m.global {
+            self.local[index / 64] &= !(1 << (index % 64));
+        } else {
+            set_bit(&mut self.local, index);
+        }
+    }
+}
+
+/// Which pages code was fetched from, roughly: by page number modulo 4,096.
+#[derive(Clone)]
+struct Fetched([u64; 64]);
+
+impl Fetched {
+    fn note(&mut self, lin: u64) {
+        set_bit(&mut self.0, (lin >> 12) as usize);
+    }
+    fn holds(&self, lin: u64) -> bool {
+        bit(&self.0, (lin >> 12) as usize)
+    }
+    /// Whether any page of the 1 GiB around `lin` may be among them, cheaply.
+    fn any(&self) -> bool {
+        self.0.iter().any(|&w| w != 0)
+    }
+    fn clear(&mut self) {
+        self.0 = [0; 64];
+    }
+}
+
+/// One address space's translations.
+struct Slot {
+    /// PCID it belongs to.
+    pcid: u16,
+    /// Holds translations of `pcid`; else they must be cleared before use.
+    live: bool,
+    /// For eviction: when it was last switched to.
+    used: u64,
+    /// Changes when the translation of a page that code was fetched from may have been dropped. Never the same for two slots.
+    epoch: u64,
+    fetched: Fetched,
+    /// For user accesses.
+    user: Box<TlbSet>,
 }
 
 /// TLB and RAM of one vCPU.
 pub struct Mmu {
-    /// The entries in force: of the current slot and access mode.
-    pub tlb: *mut TlbEntry,
-    /// Identifies slot, access mode and their state: what a jump cache may key on. Changes whenever a fetch could translate otherwise.
+    /// The set in force.
+    pub tlb: *mut TlbSet,
+    /// Identifies the address space and privilege: what may be remembered of where code lies, for pages that are not global. Changes
+    /// whenever a fetch could translate otherwise.
     pub context: u64,
+    /// The same for global pages.
+    pub global_context: u64,
     /// Current access mode.
     pub access_mode: usize,
-    /// Current slot.
-    pub slot: usize,
-    /// All slots.
-    pub slots: Vec<Slot>,
+    slot: usize,
+    slots: Vec<Slot>,
+    supervisor: [Box<TlbSet>; 2],
+    global_epoch: u64,
+    global_fetched: Fetched,
     /// RAM.
     pub ram: RamMap,
     /// Physical address bits beyond MAXPHYADDR: reserved in page-table entries.
@@ -108,28 +265,43 @@ pub struct Mmu {
     pub watched: [u64; 8],
     /// Counters.
     pub misses: u64,
+    /// Address spaces emptied.
+    pub flushes: u64,
     next_epoch: u64,
     clock: u64,
-    /// While every access must take the slow path: a set of entries that match nothing.
-    nothing: Option<Box<[TlbEntry; TLB_ENTRIES]>>,
+    /// While every access must take the slow path: a set that matches nothing.
+    nothing: Option<Box<TlbSet>>,
 }
 
-// SAFETY: `tlb` points into `slots`, which the Mmu owns; whoever owns the Mmu owns both.
+// SAFETY: `tlb` points into sets that the Mmu owns; whoever owns the Mmu owns both.
 unsafe impl Send for Mmu {}
 
 impl Mmu {
     /// An empty TLB over `ram`, with `maxphyaddr` physical address bits.
     pub fn new(ram: RamMap, maxphyaddr: u32) -> Mmu {
+        let slot = || Slot {
+            pcid: 0,
+            live: false,
+            used: 0,
+            epoch: 0,
+            fetched: Fetched([0; 64]),
+            user: TlbSet::new(),
+        };
         let mut m = Mmu {
             tlb: std::ptr::null_mut(),
             context: 0,
+            global_context: 0,
             access_mode: mode::SUPERVISOR_USER,
             slot: 0,
-            slots: (0..SLOTS).map(|_| Slot::new()).collect(),
+            slots: (0..SLOTS).map(|_| slot()).collect(),
+            supervisor: [TlbSet::new(), TlbSet::new()],
+            global_epoch: 0,
+            global_fetched: Fetched([0; 64]),
             ram,
             reserved_addr: !((1u64 << maxphyaddr.clamp(32, 52)) - 1) & 0x000f_ffff_ffff_ffff,
             watched: [NO_PAGE; 8],
             misses: 0,
+            flushes: 0,
             next_epoch: 0,
             clock: 0,
             nothing: None,
@@ -144,20 +316,33 @@ impl Mmu {
         for s in &mut self.slots {
             s.live = false;
         }
+        for set in &mut self.supervisor {
+            set.clear();
+        }
+        self.global_fetched.clear();
+        self.global_epoch = self.new_epoch();
         let slot = self.slot;
         self.revive(slot);
         self.select();
     }
 
-    fn revive(&mut self, slot: usize) {
-        let s = &mut self.slots[slot];
-        s.clear();
-        s.live = true;
+    fn new_epoch(&mut self) -> u64 {
         self.next_epoch += 1;
-        s.epoch = self.next_epoch;
+        self.next_epoch
     }
 
-    /// Use the translations of `pcid` from now on; drop them first unless `keep`.
+    /// Empty a slot.
+    fn revive(&mut self, slot: usize) {
+        let epoch = self.new_epoch();
+        let s = &mut self.slots[slot];
+        s.user.clear();
+        s.fetched.clear();
+        s.live = true;
+        s.epoch = epoch;
+        self.flushes += 1;
+    }
+
+    /// Use the translations of `pcid` from now on; drop those that are not global first unless `keep`.
     pub fn switch(&mut self, pcid: u16, keep: bool) {
         self.clock += 1;
         let found = self.slots.iter().position(|s| s.live && s.pcid == pcid);
@@ -168,68 +353,77 @@ impl Mmu {
         if found.is_none() || !keep {
             self.revive(slot);
         }
+        if found.is_none() || !keep || slot != self.slot {
+            for set in &mut self.supervisor {
+                set.clear_local();
+            }
+        }
         self.slots[slot].pcid = pcid;
         self.slots[slot].used = self.clock;
         self.slot = slot;
         self.select();
     }
 
-    /// Drop all translations of `pcid`.
+    /// Drop all translations of `pcid` that are not global.
     pub fn flush_pcid(&mut self, pcid: u16) {
         if let Some(i) = self.slots.iter().position(|s| s.live && s.pcid == pcid) {
             self.revive(i);
+            if i == self.slot {
+                for set in &mut self.supervisor {
+                    set.clear_local();
+                }
+            }
             self.select();
         }
     }
 
-    /// Drop the translations of `lin`'s page in every slot.
+    /// Drop the translations of `lin`'s page, in every address space.
     pub fn flush_page(&mut self, lin: u64) {
-        let page = lin & !0xfff;
-        let index = (lin >> 12) as usize % TLB_ENTRIES;
+        let mut large = false;
         for i in 0..SLOTS {
             let s = &mut self.slots[i];
             if !s.live {
                 continue;
             }
-            if (s.large.0..=s.large.1).contains(&lin) {
-                self.revive(i);
-                continue;
+            large |= bit(&s.user.large, (lin >> 21) as usize) || s.user.huge != 0;
+            s.user.drop_page(lin);
+        }
+        for set in &mut self.supervisor {
+            large |= bit(&set.large, (lin >> 21) as usize) || set.huge >> (lin >> 30 & 63) & 1 != 0;
+            set.drop_page(lin);
+        }
+        // Jump caches remember where code lay also after its entry was evicted: they go by the epoch.
+        for i in 0..SLOTS {
+            let f = &self.slots[i].fetched;
+            if self.slots[i].live && (f.holds(lin) || large && f.any()) {
+                self.slots[i].epoch = self.new_epoch();
+                self.slots[i].fetched.clear();
             }
-            let mut fetched = false;
-            for set in s.sets.iter_mut() {
-                let e = &mut set.entries[index];
-                fetched |= e.fetch == page;
-                if e.read == page || e.write == page || e.fetch == page {
-                    *e = EMPTY;
-                }
-            }
-            // An evicted entry may still have a trace in a jump cache, so any drop of a mapping moves the epoch.
-            let _ = fetched;
-            self.next_epoch += 1;
-            s.epoch = self.next_epoch;
+        }
+        if self.global_fetched.holds(lin) || large && self.global_fetched.any() {
+            self.global_epoch = self.new_epoch();
+            self.global_fetched.clear();
         }
         self.select();
     }
 
-    /// Drop the fast store paths to the physical page `gpa` (page address), in every slot.
+    /// Drop the fast store paths to the physical page `gpa` (page address), in every address space.
     pub fn drop_writes_to(&mut self, gpa: u64) {
         for s in self.slots.iter_mut().filter(|s| s.live) {
-            for set in s.sets.iter_mut() {
-                for (e, &g) in set.entries.iter_mut().zip(&set.gpa) {
-                    if g == gpa {
-                        e.write = NO_PAGE;
-                    }
-                }
-            }
+            s.user.drop_writes_to(gpa);
+        }
+        for set in &mut self.supervisor {
+            set.drop_writes_to(gpa);
         }
     }
 
     /// Drop all fast store paths.
     pub fn drop_all_writes(&mut self) {
         for s in self.slots.iter_mut().filter(|s| s.live) {
-            for e in s.sets.iter_mut().flat_map(|set| set.entries.iter_mut()) {
-                e.write = NO_PAGE;
-            }
+            s.user.drop_all_writes();
+        }
+        for set in &mut self.supervisor {
+            set.drop_all_writes();
         }
     }
 
@@ -247,91 +441,74 @@ impl Mmu {
 
     /// Send every ordinary load and store by the slow path, or no longer.
     pub fn bypass(&mut self, on: bool) {
-        self.nothing = on.then(|| Box::new([EMPTY; TLB_ENTRIES]));
+        self.nothing = on.then(TlbSet::new);
         self.select();
     }
 
     fn select(&mut self) {
-        let s = &mut self.slots[self.slot];
+        let m = self.access_mode;
         self.tlb = match &mut self.nothing {
-            Some(none) => none.as_mut_ptr(),
-            None => s.sets[self.access_mode].entries.as_mut_ptr(),
+            Some(none) => &raw mut **none,
+            None => &raw mut *self.set_mut(m),
         };
-        self.context = s.epoch << 2 | self.access_mode as u64;
+        let user = u64::from(m == mode::USER);
+        self.context = self.slots[self.slot].epoch << 1 | user;
+        self.global_context = self.global_epoch << 1 | user;
     }
 
-    /// Enter a translation into the current slot's set of `m`.
-    #[allow(clippy::too_many_arguments, reason = "one call site; a struct would only rename them")]
-    pub fn insert(
-        &mut self,
-        m: usize,
-        lin: u64,
-        gpa: u64,
-        host: *mut u8,
-        write: bool,
-        fetch: bool,
-        large: Option<u64>,
-    ) {
-        let page = lin & !0xfff;
-        let index = (lin >> 12) as usize % TLB_ENTRIES;
-        let s = &mut self.slots[self.slot];
-        if let Some(size) = large {
-            let start = lin & !(size - 1);
-            s.large = (s.large.0.min(start), s.large.1.max(start + (size - 1)));
-        }
-        let set = &mut s.sets[m];
-        set.gpa[index] = gpa & !0xfff;
-        let e = &mut set.entries[index];
-        // The permissions of another access to the same page stay; those of another page go.
-        if e.read != page {
-            *e = EMPTY;
-        }
-        e.read = page;
-        e.addend = (host as u64 & !0xfff).wrapping_sub(page);
-        if write {
-            e.write = page;
-        }
-        if fetch {
-            e.fetch = page;
-        }
+    #[inline]
+    fn set(&self, m: usize) -> &TlbSet {
+        if m == mode::USER { &self.slots[self.slot].user } else { &self.supervisor[m & 1] }
     }
-}
 
-impl Mmu {
+    #[inline]
+    fn set_mut(&mut self, m: usize) -> &mut TlbSet {
+        if m == mode::USER { &mut self.slots[self.slot].user } else { &mut self.supervisor[m & 1] }
+    }
+
+    /// Enter a translation that a load or store in access mode `m` asked for.
+    pub fn insert(&mut self, m: usize, lin: u64, mapping: &Mapping) {
+        self.set_mut(m).insert(lin, mapping, true);
+    }
+
     /// The host address for an access of `size` bytes at `lin` in access mode `m` if the TLB allows it at once.
     #[inline]
     pub fn hit(&self, m: usize, lin: u64, size: usize, write: bool) -> Option<*mut u8> {
-        let e = &self.slots[self.slot].sets[m].entries[(lin >> 12) as usize % TLB_ENTRIES];
+        let set = self.set(m);
+        let index = (lin >> 12) as usize % TLB_ENTRIES;
         let page = lin.wrapping_add(size as u64 - 1) & !0xfff;
-        let tag = if write { e.write } else { e.read };
+        let tag = if write { set.write[index] } else { set.read[index] };
         // Both ends, as `size` may be more than what two neighbouring pages' tags can tell apart.
-        (page == tag && lin & !0xfff == tag).then(|| lin.wrapping_add(e.addend) as *mut u8)
+        (page == tag && lin & !0xfff == tag).then(|| lin.wrapping_add(set.addend[index]) as *mut u8)
     }
 
-    /// The physical address of a fetch at `lin`, if the TLB has it.
+    /// The access mode whose set fetches use: what AC says about user pages does not matter to them.
     #[inline]
-    pub fn fetch_hit(&self, lin: u64) -> Option<u64> {
+    pub fn fetch_mode(&self) -> usize {
+        if self.access_mode == mode::USER { mode::USER } else { mode::SUPERVISOR }
+    }
+
+    /// The physical address of a fetch at `lin`, if the TLB has it, and whether the page is global.
+    #[inline]
+    pub fn fetch_hit(&self, lin: u64) -> Option<(u64, bool)> {
         let index = (lin >> 12) as usize % TLB_ENTRIES;
-        let set = &self.slots[self.slot].sets[self.access_mode];
-        (set.entries[index].fetch == lin & !0xfff).then(|| set.gpa[index] | lin & 0xfff)
+        let set = self.set(self.fetch_mode());
+        (set.fetch[index] == lin & !0xfff).then(|| (set.gpa[index] | lin & 0xfff, !bit(&set.local, index)))
     }
 
     /// Enter a translation that was made for a fetch: it says nothing about loads and stores.
-    pub fn insert_fetch(&mut self, m: usize, lin: u64, gpa: u64, host: *mut u8, large: Option<u64>) {
-        let page = lin & !0xfff;
-        let index = (lin >> 12) as usize % TLB_ENTRIES;
-        let s = &mut self.slots[self.slot];
-        if let Some(size) = large {
-            let start = lin & !(size - 1);
-            s.large = (s.large.0.min(start), s.large.1.max(start + (size - 1)));
+    pub fn insert_fetch(&mut self, lin: u64, mapping: &Mapping) {
+        let m = self.fetch_mode();
+        self.set_mut(m).insert(lin, mapping, false);
+    }
+
+    /// Where code lies is going to be remembered under [`Mmu::context`] (or [`Mmu::global_context`], if `global`).
+    #[inline]
+    pub fn note_fetched(&mut self, lin: u64, global: bool) {
+        if global {
+            self.global_fetched.note(lin);
+        } else {
+            self.slots[self.slot].fetched.note(lin);
         }
-        let set = &mut s.sets[m];
-        let e = &mut set.entries[index];
-        if e.read != page {
-            *e = EMPTY;
-        }
-        e.fetch = page;
-        e.addend = (host as u64 & !0xfff).wrapping_sub(page);
-        set.gpa[index] = gpa & !0xfff;
     }
 }

@@ -30,6 +30,8 @@ pub struct Translation {
     pub fetch: bool,
     /// Size of the page if larger than 4 KiB.
     pub large: Option<u64>,
+    /// The translation is the same in all address spaces.
+    pub global: bool,
 }
 
 /// What a walk needs to know of the CPU, so that it can run for another privilege than the current one.
@@ -41,6 +43,8 @@ struct Rules {
     wp: bool,
     nx: bool,
     smep: bool,
+    /// The G bit means something.
+    pge: bool,
     reserved: u64,
 }
 
@@ -58,7 +62,13 @@ impl Cpu {
     /// #PF; #GP(0) for a non-canonical address.
     pub fn translate(&mut self, lin: u64, access: Access, m: usize) -> Result<Translation, Trap> {
         if self.cr0 & CR0_PG == 0 {
-            return Ok(Translation { gpa: lin & 0xffff_ffff, write: true, fetch: true, large: None });
+            return Ok(Translation {
+                gpa: lin & 0xffff_ffff,
+                write: true,
+                fetch: true,
+                large: None,
+                global: false,
+            });
         }
         if self.long_mode() && (lin << 16) as i64 >> 16 != lin as i64 {
             return Err(self.non_canonical());
@@ -71,6 +81,7 @@ impl Cpu {
             wp: self.cr0 & CR0_WP != 0,
             nx: self.efer & EFER_NXE != 0,
             smep: self.cr4 & CR4_SMEP != 0,
+            pge: self.cr4 & CR4_PGE != 0,
             reserved: self.mmu.reserved_addr | pae_only,
         };
         let walked = if self.cr4 & CR4_PAE == 0 {
@@ -168,12 +179,13 @@ fn denied(r: &Rights, access: Access, rules: &Rules) -> bool {
     }
 }
 
-fn allowed(r: &Rights, gpa: u64, dirty: bool, large: Option<u64>, rules: &Rules) -> Translation {
+fn allowed(r: &Rights, gpa: u64, entry: u64, large: Option<u64>, rules: &Rules) -> Translation {
     Translation {
         gpa,
-        write: dirty && !denied(r, Access::Write, rules),
+        write: entry & pte::D != 0 && !denied(r, Access::Write, rules),
         fetch: !denied(r, Access::Fetch, rules),
         large,
+        global: rules.pge && entry & pte::G != 0,
     }
 }
 
@@ -233,7 +245,7 @@ fn walk64(
             if leaf {
                 let size = 1u64 << shift;
                 let gpa = e & pte::ADDR & !(size - 1) | lin & (size - 1);
-                return Ok(allowed(&here, gpa, set & pte::D != 0, (level > 1).then_some(size), rules));
+                return Ok(allowed(&here, gpa, set, (level > 1).then_some(size), rules));
             }
             rights = here;
             level -= 1;
@@ -298,11 +310,10 @@ fn walk32(
                 ram.note_write(entry);
             }
             if leaf {
-                let dirty = u64::from(set) & pte::D != 0;
                 return Ok(if level == 2 {
-                    allowed(&here, large32(e) | u64::from(lin & 0x3f_ffff), dirty, Some(4 << 20), rules)
+                    allowed(&here, large32(e) | u64::from(lin & 0x3f_ffff), set.into(), Some(4 << 20), rules)
                 } else {
-                    allowed(&here, u64::from(e & 0xffff_f000 | lin & 0xfff), dirty, None, rules)
+                    allowed(&here, u64::from(e & 0xffff_f000 | lin & 0xfff), set.into(), None, rules)
                 });
             }
             rights = here;

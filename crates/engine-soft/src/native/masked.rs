@@ -183,6 +183,29 @@ fn mm(n: u8) -> u64 {
     v
 }
 
+/// Whether an instruction accesses memory by elements.
+pub(super) fn by_element(m: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        m,
+        M::Vgatherdps
+            | M::Vpgatherdd
+            | M::Vgatherqps
+            | M::Vpgatherqd
+            | M::Vgatherdpd
+            | M::Vpgatherdq
+            | M::Vgatherqpd
+            | M::Vpgatherqq
+            | M::Vmaskmovps
+            | M::Vpmaskmovd
+            | M::Vmaskmovpd
+            | M::Vpmaskmovq
+            | M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Maskmovq
+    )
+}
+
 pub(super) fn lower(ctx: &mut Ctx<'_>) -> Option<Handler> {
     use Mnemonic as M;
     let i = ctx.i;

@@ -22,7 +22,7 @@ mod x87_env;
 mod xsave;
 
 pub use state::MXCSR_MASK;
-pub use stub::available;
+pub use stub::{available, uses_mxcsr};
 pub use xsave::{AVX_AT, AVX_SIZE, XCR0_VALID, XSAVE_HEADER_END, XSAVE_SIZE};
 
 use crate::cpu::{Cpu, Trap};
@@ -240,6 +240,42 @@ fn simd(ctx: &mut Ctx<'_>) -> Option<Handler> {
         (_, LOAD) => plain::<SSE_MMX, LOAD>,
         _ => plain::<SSE_MMX, STORE>,
     })
+}
+
+/// Whether `i` can be executed as it is on the guest's vector registers, given that its checks have been made: the alignment that its memory
+/// operand must have if so. Not what uses x87 or MMX registers, accesses memory by elements, or does more than compute.
+pub fn inline(i: &Instruction) -> Option<u8> {
+    use Mnemonic as M;
+    let simd = !i.cpuid_features().is_empty() && i.cpuid_features().iter().all(|&f| is_simd(f));
+    let plain = simd
+        && matches!(i.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
+        && !(0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm())
+        && !masked::by_element(i.mnemonic())
+        && !matches!(
+            i.mnemonic(),
+            M::Emms
+                | M::Crc32
+                | M::Ldmxcsr
+                | M::Stmxcsr
+                | M::Vldmxcsr
+                | M::Vstmxcsr
+                | M::Movnti
+                | M::Pause
+                | M::Sfence
+                | M::Lfence
+                | M::Mfence
+                | M::Clflush
+                | M::Monitor
+                | M::Mwait
+                | M::Fisttp
+        );
+    (plain && i.op_count() > 0 || matches!(i.mnemonic(), M::Vzeroupper | M::Vzeroall))
+        .then(|| memory(i).map(|_| alignment(i)))?
+}
+
+/// Whether `i`, for which [`inline`] has an answer, stores to its memory operand.
+pub fn stores(i: &Instruction) -> bool {
+    memory(i) == Some(STORE)
 }
 
 /// How `i` accesses its memory operand. `None` if not in one of the ways known here.

@@ -150,6 +150,7 @@ fn fxrstor(cpu: &mut Cpu, op: &Op) -> Exec {
         let mxcsr = u32::from_le_bytes([image[24], image[25], image[26], image[27]]);
         cpu.check_mxcsr(mxcsr)?;
         cpu.vec.mxcsr = mxcsr;
+        cpu.update_vectors();
         for n in 0..cpu.xmm_count() {
             cpu.vec.ymm[n].0[..16].copy_from_slice(&image[XMM_AT + 16 * n..][..16]);
         }
@@ -168,6 +169,7 @@ fn ldmxcsr<const VEX: bool>(cpu: &mut Cpu, op: &Op) -> Exec {
     let v = cpu.load::<u32>(lin)?;
     cpu.check_mxcsr(v)?;
     cpu.vec.mxcsr = v;
+    cpu.update_vectors();
     Ok(Flow::Next)
 }
 

@@ -130,7 +130,7 @@ fn get(key: u64, make: impl FnOnce(&mut Stubs) -> Option<Vec<u8>>) -> Option<usi
 
 /// Whether results depend on MXCSR or raise numeric exceptions: everything that computes on floating-point numbers (the approximations
 /// RCP and RSQRT are not among them).
-fn uses_mxcsr(i: &Instruction) -> bool {
+pub fn uses_mxcsr(i: &Instruction) -> bool {
     let name = format!("{:?}", i.mnemonic()).to_ascii_lowercase();
     let name = name.strip_prefix('v').unwrap_or(&name);
     let fp_suffix = |p: &str| {

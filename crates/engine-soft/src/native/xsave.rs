@@ -134,6 +134,7 @@ impl Cpu {
         }
         self.take_components(&whole, XCR0_VALID, present, Pointers::Offset64, 16);
         self.vec.mxcsr = mxcsr;
+        self.update_vectors();
         Ok(())
     }
 
@@ -261,6 +262,7 @@ fn xrstor<const KIND: u8>(cpu: &mut Cpu, op: &Op) -> Exec {
     }
     if let Some(v) = new_mxcsr {
         cpu.vec.mxcsr = v;
+        cpu.update_vectors();
     }
     let count = cpu.xmm_count();
     cpu.take_components(&data, rfbm, present, form(op), count);

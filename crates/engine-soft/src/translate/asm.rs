@@ -8,8 +8,10 @@ pub const SP: u8 = 12;
 pub const T0: u8 = 13;
 /// Scratch.
 pub const T1: u8 = 14;
-/// The `Cpu`.
-pub const CPU: u8 = 15;
+/// The TLB set in force.
+pub const TLB: u8 = 15;
+/// The host's own stack pointer.
+pub const HOST_SP: u8 = 4;
 
 /// An address in terms of host registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +34,7 @@ pub struct Code {
 /// The place of a 32-bit distance to be filled in.
 #[derive(Debug, Clone, Copy)]
 #[must_use]
-pub struct Hole(usize);
+pub struct Hole(pub usize);
 
 impl Code {
     /// Bytes so far.
@@ -90,9 +92,56 @@ impl Code {
         self.rm(0x8b, reg, base, disp);
     }
 
-    /// `mov [base + disp], reg`.
-    pub fn store(&mut self, reg: u8, base: u8, disp: i32) {
-        self.rm(0x89, reg, base, disp);
+    /// `op reg, gs:[disp]` with a 64-bit register, or with an opcode extension for `reg`: a field of the `Cpu`.
+    pub fn cpu(&mut self, opcode: u8, reg: u8, disp: i32) {
+        self.raw(&[0x65, 0x48 | (reg >> 3) << 2, opcode, (reg & 7) << 3 | 4, 0x25]);
+        self.raw(&disp.to_le_bytes());
+    }
+
+    /// The same with a 32-bit register, a byte register below 4, or a 32-bit or byte operand.
+    pub fn cpu32(&mut self, opcode: &[u8], reg: u8, disp: i32) {
+        self.raw(&[0x65, 0x40 | (reg >> 3) << 2]);
+        self.raw(opcode);
+        self.raw(&[(reg & 7) << 3 | 4, 0x25]);
+        self.raw(&disp.to_le_bytes());
+    }
+
+    /// `mov reg, gs:[disp]`.
+    pub fn load_cpu(&mut self, reg: u8, disp: i32) {
+        self.cpu(0x8b, reg, disp);
+    }
+
+    /// `mov gs:[disp], reg`.
+    pub fn store_cpu(&mut self, reg: u8, disp: i32) {
+        self.cpu(0x89, reg, disp);
+    }
+
+    /// `test byte gs:[disp], mask`.
+    pub fn test_cpu8(&mut self, disp: i32, mask: u8) {
+        self.cpu32(&[0xf6], 0, disp);
+        self.raw(&[mask]);
+    }
+
+    /// `sub dword gs:[disp], 1`.
+    pub fn decrement_cpu(&mut self, disp: i32) {
+        self.cpu32(&[0x83], 5, disp);
+        self.raw(&[1]);
+    }
+
+    /// `mov reg, imm`, as short as it can be.
+    pub fn imm(&mut self, reg: u8, v: i64) {
+        if let Ok(v) = u32::try_from(v) {
+            if reg >= 8 {
+                self.raw(&[0x41]);
+            }
+            self.raw(&[0xb8 | reg & 7]);
+            self.raw(&v.to_le_bytes());
+        } else if let Ok(v) = i32::try_from(v) {
+            self.raw(&[0x48 | reg >> 3, 0xc7, 0xc0 | reg & 7]);
+            self.raw(&v.to_le_bytes());
+        } else {
+            self.imm64(reg, v as u64);
+        }
     }
 
     /// `mov reg, imm64`.
@@ -109,6 +158,12 @@ impl Code {
     /// `jmp`, distance to be filled in.
     pub fn jmp(&mut self) -> Hole {
         self.raw(&[0xe9, 0, 0, 0, 0]);
+        Hole(self.at() - 4)
+    }
+
+    /// `call`, distance to be filled in.
+    pub fn call(&mut self) -> Hole {
+        self.raw(&[0xe8, 0, 0, 0, 0]);
         Hole(self.at() - 4)
     }
 
@@ -135,11 +190,5 @@ impl Code {
         self.bytes.push(opcode);
         let next = base + self.at() + 4;
         self.raw(&(to.wrapping_sub(next) as u32).to_le_bytes());
-    }
-
-    /// As [`Code::far`], for `jcc`.
-    pub fn far_jcc(&mut self, cond: u8, base: usize, to: usize) {
-        self.bytes.push(0x0f);
-        self.far(0x80 | cond, base, to);
     }
 }

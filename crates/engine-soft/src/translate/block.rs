@@ -1,25 +1,24 @@
 //! One block: from guest instructions to host code.
 
-use super::asm::{Address, CPU, Code, Hole, SP, T0, T1};
+use super::asm::{Address, Code, Hole, SP, T0, T1};
 pub(super) use super::choose::How;
 use super::choose::{condition, how, writes_memory};
+use super::control::Out;
 use super::flags::{self, ALL};
-use super::memory::Operand;
+use super::memory::{Operand, Wanted};
 use super::replay::{At, Producer};
-use super::stubs::{BUDGET, PINNED, REQUESTS, reg_at};
-use super::{Stubs, Translator};
+use super::stubs::{LIVE, PINNED, live, reg_at};
+use super::{Link, Stubs, Translator};
 use crate::cache::Block;
-use crate::cpu::{CodeSize, Cpu, RIP, ZERO};
+use crate::cpu::{CodeSize, Cpu, ZERO};
 use crate::decode::{self, Fetched, Op, op_flags};
+use crate::native;
 use iced_x86::{
     Code as I, Encoder, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register,
 };
 
 /// Most host bytes that one guest instruction becomes, slow path included; blocks are not begun with less room than this for each op.
-const MOST_PER_OP: usize = 400;
-
-/// From a jump that waits to be linked to the physical page that it lies in.
-pub(super) const SLOT_PAGE: usize = 16;
+const MOST_PER_OP: usize = 600;
 
 /// Which general registers an instruction reads and writes, a bit each.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,9 +40,13 @@ struct Slow {
 
 pub(super) struct Emit<'a> {
     pub(super) c: Code,
-    base: usize,
-    stubs: &'a Stubs,
+    pub(super) base: usize,
+    pub(super) stubs: &'a Stubs,
     encoder: &'a mut Encoder,
+    info: &'a mut InstructionInfoFactory,
+    pub(super) links: &'a mut Vec<Link>,
+    /// PEXT is a fast instruction here.
+    pub(super) fast_pext: bool,
     pub(super) at: At,
     /// What gave the flags their values, while its registers still hold what they held.
     pub(super) producer: Option<Producer>,
@@ -51,15 +54,22 @@ pub(super) struct Emit<'a> {
     fresh: bool,
     /// The instruction at hand.
     pub(super) n: usize,
+    /// Its offset in the page.
+    pub(super) here: i64,
     pub(super) hows: Vec<How>,
     /// For each instruction the flags that are read after it.
     pub(super) wanted: Vec<u32>,
     pub(super) uses: Vec<Registers>,
     slow: Vec<Slow>,
+    pub(super) outs: Vec<Out>,
+    /// Conditional jumps whose targets take more than a jump.
+    pub(super) later: Vec<(Hole, i64)>,
+    /// What of the vector state the block needs ([`live`]).
+    vectors: u8,
     /// Offset in code memory of the piece's first byte.
-    start: usize,
+    pub(super) start: usize,
     /// Guest physical page of the block.
-    page: u64,
+    pub(super) page: u64,
 }
 
 impl Cpu {
@@ -94,7 +104,7 @@ impl Cpu {
             self.drop_translations();
             return false;
         }
-        let mut decoder = decode::decoder(bytes, self.mode, self.decode_options);
+        let mut decoder = decode::decoder(bytes, b.first(), self.mode, self.decode_options);
         let mut instructions = Vec::with_capacity(b.ops.len());
         for _ in 0..b.ops.len() {
             match decode::next(&mut decoder) {
@@ -102,33 +112,36 @@ impl Cpu {
                 _ => return false,
             }
         }
-        let Translator { memory, used, stubs, encoder, blocks, .. } = &mut **t;
+        let Translator { memory, used, stubs, encoder, info, links, fast_pext, blocks, .. } = &mut **t;
         let start = *used;
         let emit = Emit {
             c: Code::default(),
             base: memory.address(start),
             stubs,
             encoder,
+            info,
+            links,
+            fast_pext: *fast_pext,
             at: At::Memory,
             producer: None,
             fresh: false,
             n: 0,
+            here: 0,
             hows: Vec::new(),
             wanted: Vec::new(),
             uses: Vec::new(),
             slow: Vec::new(),
+            outs: Vec::new(),
+            later: Vec::new(),
+            vectors: 0,
             start,
             page: b.gpa & !0xfff,
         };
-        let first = (b.gpa & 0xfff) as usize;
-        let look = |distance: i64| {
-            let at = first as i64 + distance;
-            match usize::try_from(at).ok().filter(|&at| at < 4096) {
-                Some(at) => flags::wanted(&page[at..], self.mode, self.decode_options),
-                None => ALL,
-            }
+        let look = |to: i64| match usize::try_from(to).ok().filter(|&at| at < 4096) {
+            Some(at) => flags::wanted(&page[at..], self.mode, self.decode_options),
+            None => ALL,
         };
-        let code = emit.block(&b.ops, &instructions, first, b.bytes.into(), look);
+        let code = emit.block(&b.ops, &instructions, look);
         memory.write(start, &code);
         *used = (start + code.len()).next_multiple_of(16);
         *blocks += 1;
@@ -173,9 +186,9 @@ pub(super) fn in_width(n: u8, like: Register) -> Register {
 
 impl Emit<'_> {
     /// A guest register's value: the host register that holds it, or `temp` after a load.
-    fn value(&mut self, guest: u8, temp: u8) -> u8 {
+    pub(super) fn value(&mut self, guest: u8, temp: u8) -> u8 {
         pinned(guest).unwrap_or_else(|| {
-            self.c.load(temp, CPU, reg_at(guest));
+            self.c.load_cpu(temp, reg_at(guest));
             temp
         })
     }
@@ -191,6 +204,9 @@ impl Emit<'_> {
     fn by_handler(&mut self, op: *const Op) {
         self.save_flags();
         self.call(op);
+        if self.hows[self.n + 1..].iter().any(|h| matches!(h, How::Vector { .. })) {
+            self.need_vectors_after(op);
+        }
         self.at = At::Memory;
     }
 
@@ -205,39 +221,8 @@ impl Emit<'_> {
         done
     }
 
-    /// RIP becomes the block's plus `distance`, also in [`T0`].
-    fn move_rip(&mut self, distance: i64) {
-        self.c.load(T0, CPU, reg_at(RIP));
-        match i32::try_from(distance) {
-            Ok(d) => self.c.lea(T0, Some(T0), None, d),
-            Err(_) => {
-                self.c.imm64(T1, distance as u64);
-                self.c.lea(T0, Some(T0), Some((T1, 0)), 0);
-            }
-        }
-        self.c.store(T0, CPU, reg_at(RIP));
-    }
-
-    /// Go to the block `distance` bytes from this one's beginning. `first` is this one's place in its page.
-    fn go(&mut self, first: usize, distance: i64) {
-        self.move_rip(distance);
-        let in_page = usize::try_from(first as i64 + distance).is_ok_and(|at| at < 4096);
-        if in_page {
-            // A jump to the next instruction, until it is linked.
-            let slot = self.start + self.c.at();
-            self.c.raw(&[0xe9, 0, 0, 0, 0, 0x41, 0xbe]); // jmp; mov r14d, slot
-            self.c.raw(&(slot as u32).to_le_bytes());
-            let (base, to) = (self.base, self.stubs.link);
-            self.c.far(0xe9, base, to);
-            self.c.raw(&self.page.to_le_bytes());
-        } else {
-            let (base, to) = (self.base, self.stubs.look_up);
-            self.c.far(0xe9, base, to);
-        }
-    }
-
     /// A memory access's slow path, for when the fast one goes on here.
-    fn slow_path(&mut self, from: Hole, op: *const Op, lost: Option<Producer>) {
+    pub(super) fn slow_path(&mut self, from: Hole, op: *const Op, lost: Option<Producer>) {
         let flags = self.wanted[self.n] != 0 && matches!(self.at, At::Host | At::Both);
         self.slow.push(Slow { from, op, back: self.c.at(), flags, lost });
     }
@@ -247,31 +232,23 @@ impl Emit<'_> {
         self.producer.filter(|_| self.at == At::Lost)
     }
 
-    fn block(
-        mut self,
-        ops: &[Op],
-        instructions: &[Instruction],
-        first: usize,
-        len: i64,
-        look: impl Fn(i64) -> u32,
-    ) -> Vec<u8> {
-        let (base, poll) = (self.base, self.stubs.poll);
-        self.c.load(T0, CPU, REQUESTS);
-        self.c.raw(&[0x41, 0x83, 0x7d, 0x00, 0x00]); // cmp dword [r13], 0
-        self.c.far_jcc(5, base, poll);
-        self.c.raw(&[0x41, 0x83, 0xaf]); // sub dword [r15 + budget], 1
-        self.c.raw(&BUDGET.to_le_bytes());
-        self.c.raw(&[1]);
-        self.c.far_jcc(8, base, poll);
-
+    fn block(mut self, ops: &[Op], instructions: &[Instruction], look: impl Fn(i64) -> u32) -> Vec<u8> {
         self.hows = instructions.iter().zip(ops).map(|(i, op)| how(i, op)).collect();
-        self.wanted = wanted_after(instructions, &self.hows, ops, len, look);
-        let mut info = InstructionInfoFactory::new();
-        self.uses = instructions.iter().map(|i| registers(i, &mut info)).collect();
+        let next = ops.last().map_or(0, |op| i64::from(op.off) + i64::from(op.len));
+        self.wanted = wanted_after(instructions, &self.hows, ops, next, look);
+        self.uses = instructions.iter().map(|i| registers(i, self.info)).collect();
+        for (i, how) in instructions.iter().zip(&self.hows) {
+            if let How::Vector { .. } = how {
+                self.vectors |= vector_needs(i);
+            }
+        }
+        self.here = ops.first().map_or(0, |op| op.off.into());
+        self.need_vectors();
         let mut ended = false;
         for (n, (i, op)) in instructions.iter().zip(ops).enumerate() {
             self.n = n;
-            ended = self.instruction(i, op, self.hows[n], self.wanted[n], first);
+            self.here = op.off.into();
+            ended = self.instruction(i, op, self.hows[n], self.wanted[n]);
             let fresh = std::mem::take(&mut self.fresh);
             if !fresh && self.producer.is_some_and(|p| p.guests & self.uses[n].writes != 0) {
                 self.producer = None;
@@ -285,7 +262,7 @@ impl Emit<'_> {
             if self.wanted.last().is_none_or(|&w| w != 0) {
                 self.save_flags();
             }
-            self.go(first, len);
+            self.go(next);
         }
         for s in std::mem::take(&mut self.slow) {
             self.c.land(s.from);
@@ -294,17 +271,55 @@ impl Emit<'_> {
                 self.flags_to_memory();
             }
             self.call(s.op);
+            self.need_vectors_after(s.op);
             if s.flags {
                 self.flags_from_memory(T1);
             }
             let back = self.c.jmp();
             self.c.fill(back, s.back);
         }
+        self.emit_outs();
         self.c.bytes
     }
 
+    /// Make the vector state that the block needs live, if it is not, for what begins [`Emit::here`] bytes into the page. Flags are in memory.
+    fn need_vectors(&mut self) {
+        // The state of registers comes with either of the others.
+        let both = self.vectors & (live::AVX | live::MXCSR);
+        let bits = if both == 0 { self.vectors } else { both };
+        let mut missing = Vec::new();
+        for bit in [live::SSE, live::AVX, live::MXCSR].into_iter().filter(|b| bits & b != 0) {
+            self.c.test_cpu8(LIVE, bit);
+            missing.push(self.c.jcc(4));
+        }
+        if missing.is_empty() {
+            return;
+        }
+        let over = self.c.jmp();
+        for hole in missing {
+            self.c.land(hole);
+        }
+        self.make_live(self.here);
+        self.c.land(over);
+    }
+
+    /// The same after an op's handler.
+    fn need_vectors_after(&mut self, op: *const Op) {
+        if self.vectors != 0 {
+            // SAFETY: an op of the block that is being translated.
+            let next = unsafe { i64::from((*op).off) + i64::from((*op).len) };
+            self.make_live(next);
+        }
+    }
+
+    fn make_live(&mut self, at: i64) {
+        self.c.imm(T0, i64::from(self.vectors) << 16 | at);
+        let (base, to) = (self.base, self.stubs.vectors);
+        self.c.far(0xe8, base, to);
+    }
+
     /// Emit one instruction; `wanted` are the flags read after it. True if it ends the block.
-    fn instruction(&mut self, i: &Instruction, op: &Op, how: How, wanted: u32, first: usize) -> bool {
+    fn instruction(&mut self, i: &Instruction, op: &Op, how: How, wanted: u32) -> bool {
         let u = flags::of(i);
         let before = u.reads | wanted & !u.kills;
         match how {
@@ -323,11 +338,12 @@ impl Emit<'_> {
                     }
                     match pinned(op.dst / 8) {
                         Some(dst) => self.c.mov(dst, T0),
-                        None => self.c.store(T0, CPU, reg_at(op.dst / 8)),
+                        None => self.c.store_cpu(T0, reg_at(op.dst / 8)),
                     }
                 }
             }
-            How::Same => self.same(i, op, &u, before),
+            How::Same => self.same(i, op, &u, before, 1),
+            How::Vector { align } => self.same(i, op, &u, before, align),
             How::Push => {
                 let (o, lost) = self.stack(SP, -8, true);
                 if i.op0_kind() == OpKind::Register {
@@ -351,7 +367,7 @@ impl Emit<'_> {
                     None => {
                         self.c.mem(0x8b, T0, o.at);
                         self.c.lea(SP, Some(SP), None, 8);
-                        self.c.store(T0, CPU, reg_at(op.dst / 8));
+                        self.c.store_cpu(T0, reg_at(op.dst / 8));
                     }
                 }
                 self.slow_path(o.miss, op, lost);
@@ -367,7 +383,7 @@ impl Emit<'_> {
                 if wanted != 0 {
                     self.save_flags();
                 }
-                self.go(first, op.imm as i64);
+                self.go(op.imm as i64);
                 return true;
             }
             How::Conditional => {
@@ -375,44 +391,24 @@ impl Emit<'_> {
                 if wanted != 0 {
                     self.save_flags();
                 }
-                let taken = self.c.jcc(condition(i));
-                let next = i64::from(op.off) + i64::from(op.len);
-                self.go(first, next);
-                self.c.land(taken);
-                self.go(first, op.imm as i64);
+                self.go_if(condition(i), op.imm as i64);
+                self.go(i64::from(op.off) + i64::from(op.len));
                 return true;
             }
             How::CallRelative => {
-                let (o, lost) = self.stack(SP, -8, true);
-                self.c.load(o.spare, CPU, reg_at(RIP));
-                self.c.lea(o.spare, Some(o.spare), None, i32::from(op.off) + i32::from(op.len));
-                self.c.mem(0x89, o.spare, o.at);
-                self.c.lea(SP, Some(SP), None, -8);
-                self.slow_path(o.miss, op, lost);
-                if wanted != 0 {
-                    self.save_flags();
-                }
-                self.go(first, op.imm as i64);
+                self.call_relative(op, op.imm as i64, wanted);
+                return true;
+            }
+            How::JumpIndirect => {
+                self.jump_indirect(i, op);
+                return true;
+            }
+            How::CallIndirect => {
+                self.call_indirect(i, op);
                 return true;
             }
             How::Return => {
-                // What the caller wants is not known.
-                self.save_flags();
-                let (o, lost) = self.stack(SP, 0, false);
-                self.c.mem(0x8b, T0, o.at);
-                // A non-canonical target faults here, not there.
-                self.c.mov(T1, T0);
-                self.c.raw(&[0x49, 0xc1, 0xfe, 0x2f]); // sar r14, 47
-                self.c.raw(&[0x49, 0x83, 0xc6, 0x01]); // add r14, 1
-                self.c.raw(&[0x49, 0x83, 0xfe, 0x01]); // cmp r14, 1
-                let wild = self.c.jcc(7);
-                let more = if i.code() == I::Retnq_imm16 { i32::from(i.immediate16()) } else { 0 };
-                self.c.lea(SP, Some(SP), None, 8 + more);
-                self.c.store(T0, CPU, reg_at(RIP));
-                let (base, to) = (self.base, self.stubs.look_up);
-                self.c.far(0xe9, base, to);
-                self.slow_path(o.miss, op, lost);
-                self.slow_path(wild, op, lost);
+                self.ret(i, op);
                 return true;
             }
         }
@@ -420,9 +416,9 @@ impl Emit<'_> {
     }
 
     /// Probe for eight bytes at `[base + disp]`, a host register that holds a guest's.
-    fn stack(&mut self, base: u8, disp: i32, write: bool) -> (Operand, Option<Producer>) {
+    pub(super) fn stack(&mut self, base: u8, disp: i32, write: bool) -> (Operand, Option<Producer>) {
         self.spare_flags();
-        let o = self.operand_at(Address { base: Some(base), index: None, disp }, 8, write);
+        let o = self.operand_at(Address { base: Some(base), index: None, disp }, Wanted::stack(write));
         (o, self.lost())
     }
 
@@ -455,7 +451,7 @@ impl Emit<'_> {
         // The divisor into T0.
         let mut misses = Vec::new();
         if op.flags & op_flags::MEM != 0 {
-            let o = self.operand(op, op.memsize.into(), false);
+            let o = self.operand(op, Wanted { size: op.memsize.into(), write: false, align: 1 });
             let from = self.c.at();
             self.c.mem(0x8b, T0, o.at);
             if !wide {
@@ -488,7 +484,7 @@ impl Emit<'_> {
     }
 
     /// An instruction that stays as it is but for its registers and its memory operand.
-    fn same(&mut self, i: &Instruction, op: &Op, u: &flags::Use, before: u32) {
+    fn same(&mut self, i: &Instruction, op: &Op, u: &flags::Use, before: u32, align: u8) {
         let memory = op.flags & op_flags::MEM != 0;
         let (begin, flags_at) = (self.c.at(), self.at);
         let mut new = *i;
@@ -497,7 +493,8 @@ impl Emit<'_> {
         if memory {
             self.spare_flags();
             let lost = self.lost();
-            let o = self.operand(op, op.memsize.into(), writes_memory(i));
+            let write = if self.hows[self.n] == How::Same { writes_memory(i) } else { native::stores(i) };
+            let o = self.operand(op, Wanted { size: op.memsize.into(), write, align });
             new.set_memory_base(o.at.base.map_or(Register::None, |r| in_width(r, Register::RAX)));
             new.set_memory_index(o.at.index.map_or(Register::None, |(r, _)| in_width(r, Register::RAX)));
             new.set_memory_index_scale(o.at.index.map_or(1, |(_, s)| 1 << s));
@@ -520,6 +517,9 @@ impl Emit<'_> {
                 continue;
             }
             let r = i.op_register(n);
+            if !r.is_gpr() {
+                continue;
+            }
             let guest = number(r);
             guests |= 1 << guest;
             if (Register::AH..=Register::BH).contains(&r) {
@@ -532,7 +532,7 @@ impl Emit<'_> {
             };
             if known.is_none() {
                 if regs.reads & 1 << guest != 0 {
-                    self.c.load(at, CPU, reg_at(guest));
+                    self.c.load_cpu(at, reg_at(guest));
                 }
                 homes.push((guest, at));
             }
@@ -546,7 +546,7 @@ impl Emit<'_> {
         }
         for &(guest, temp) in &homes {
             if regs.writes & 1 << guest != 0 {
-                self.c.store(temp, CPU, reg_at(guest));
+                self.c.store_cpu(temp, reg_at(guest));
             }
         }
         if u.writes {
@@ -595,15 +595,15 @@ fn wanted_after(
     instructions: &[Instruction],
     hows: &[How],
     ops: &[Op],
-    len: i64,
+    next: i64,
     look: impl Fn(i64) -> u32,
 ) -> Vec<u32> {
     let mut live = match (hows.last(), ops.last()) {
         (Some(How::Jump), Some(op)) => look(op.imm as i64),
-        (Some(How::Conditional), Some(op)) => look(op.imm as i64) | look(len),
+        (Some(How::Conditional), Some(op)) => look(op.imm as i64) | look(next),
         (Some(How::CallRelative), Some(op)) => look(op.imm as i64),
-        (Some(How::Call | How::Return), _) | (None, _) => ALL,
-        _ => look(len),
+        (Some(How::Call | How::Return | How::JumpIndirect | How::CallIndirect), _) | (None, _) => ALL,
+        _ => look(next),
     };
     let mut wanted = vec![0; instructions.len()];
     for n in (0..instructions.len()).rev() {
@@ -615,11 +615,26 @@ fn wanted_after(
             ops[n].flags & op_flags::MEM != 0 && hows[n] != How::Lea && hows[n] != How::Nothing;
         let may_fault = matches!(
             hows[n],
-            How::Call | How::Push | How::Pop | How::Leave | How::Divide | How::CallRelative | How::Return
+            How::Call
+                | How::Push
+                | How::Pop
+                | How::Leave
+                | How::Divide
+                | How::CallRelative
+                | How::JumpIndirect
+                | How::CallIndirect
+                | How::Return
         );
         if touches_memory || may_fault {
             live = ALL;
         }
     }
     wanted
+}
+
+/// What of the vector state an instruction needs.
+fn vector_needs(i: &Instruction) -> u8 {
+    live::SSE
+        | if i.encoding() == iced_x86::EncodingKind::Legacy { 0 } else { live::AVX }
+        | if native::uses_mxcsr(i) { live::MXCSR } else { 0 }
 }

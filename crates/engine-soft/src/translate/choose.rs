@@ -2,6 +2,7 @@
 
 use super::block::{Emit, number, pinned};
 use crate::decode::{Op, op_flags};
+use crate::native;
 use iced_x86::{Code as I, Instruction, Mnemonic as M, OpKind, Register};
 use ringfort_x86::segment::{FS, GS};
 
@@ -30,8 +31,17 @@ pub enum How {
     Conditional,
     /// A direct call.
     CallRelative,
+    /// JMP to the address in a register or in memory.
+    JumpIndirect,
+    /// CALL of it.
+    CallIndirect,
     /// A near return.
     Return,
+    /// As [`How::Same`], on vector registers, which live in the host's.
+    Vector {
+        /// Alignment that its memory operand must have.
+        align: u8,
+    },
 }
 
 /// The form for `i`, lowered to `op`.
@@ -57,6 +67,8 @@ pub fn how(i: &Instruction, op: &Op) -> How {
         I::Jmp_rel8_64 | I::Jmp_rel32_64 => return How::Jump,
         I::Call_rel32_64 => return How::CallRelative,
         I::Retnq | I::Retnq_imm16 => return How::Return,
+        I::Jmp_rm64 if plain_memory => return How::JumpIndirect,
+        I::Call_rm64 if plain_memory => return How::CallIndirect,
         I::Lea_r64_m | I::Lea_r32_m if op.flags & (ADDR16 | ADDR32) == 0 => return How::Lea,
         // Addresses that no other form can have.
         I::Mov_AL_moffs8
@@ -70,6 +82,9 @@ pub fn how(i: &Instruction, op: &Op) -> How {
         // AMD reads four bytes for it, which may reach beyond what was probed.
         I::Movsxd_r16_rm16 => return How::Call,
         _ => {}
+    }
+    if plain_memory && let Some(align) = native::inline(i) {
+        return How::Vector { align };
     }
     if i.is_jcc_short_or_near() && matches!(i.op0_kind(), OpKind::NearBranch64) {
         return How::Conditional;

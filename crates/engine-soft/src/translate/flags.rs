@@ -65,7 +65,7 @@ pub fn of(i: &Instruction) -> Use {
 
 /// The flags that code at the beginning of `bytes` (up to the page's end) may read before it writes them.
 pub fn wanted(bytes: &[u8], mode: Mode, options: u32) -> u32 {
-    let mut decoder = decode::decoder(bytes, mode, options);
+    let mut decoder = decode::decoder(bytes, 0, mode, options);
     let mut open = ALL;
     let mut wanted = 0;
     for _ in 0..AHEAD {

@@ -3,12 +3,12 @@
 //! [`Emit::operand`] is all that other forms need: it leaves a host address in terms of registers, and one scratch register free. Host flags
 //! are lost; [`Emit::spare_flags`] comes first.
 
-use super::asm::{Address, CPU, Hole, T0, T1};
+use super::asm::{Address, Hole, T0, T1, TLB};
 use super::block::{Emit, pinned};
-use super::stubs::{TLB, reg_at};
+use super::stubs::{KEPT, reg_at};
 use crate::cpu::{Cpu, ZERO};
 use crate::decode::{Op, op_flags};
-use crate::mmu::{TLB_ENTRIES, TlbEntry};
+use crate::mmu::{INDEX_MASK, TlbSet};
 use std::mem::offset_of;
 
 /// A memory operand after its probe.
@@ -21,9 +21,23 @@ pub(super) struct Operand {
     pub miss: Hole,
 }
 
-/// Bits to shift a linear address by to get a byte offset into the TLB set, and the mask for it.
-const SHIFT: u8 = 12 - size_of::<TlbEntry>().trailing_zeros() as u8;
-const MASK: u32 = (TLB_ENTRIES as u32 - 1) << (12 - SHIFT);
+/// What an access wants.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    /// Bytes.
+    pub size: usize,
+    /// It stores.
+    pub write: bool,
+    /// Alignment demanded, in bytes: misaligned accesses miss.
+    pub align: u8,
+}
+
+impl Wanted {
+    /// Eight bytes of stack.
+    pub fn stack(write: bool) -> Wanted {
+        Wanted { size: 8, write, align: 1 }
+    }
+}
 
 impl Emit<'_> {
     /// Whether [`Emit::operand`] can form the op's address.
@@ -40,17 +54,17 @@ impl Emit<'_> {
         let mut at = match (home(op.base), home(op.index)) {
             (None, None) => Address { base: pinned(op.base), index, disp },
             (Some(b), None) => {
-                self.c.load(T0, CPU, reg_at(b));
+                self.c.load_cpu(T0, reg_at(b));
                 Address { base: Some(T0), index, disp }
             }
             (None, Some(i)) => {
-                self.c.load(T0, CPU, reg_at(i));
+                self.c.load_cpu(T0, reg_at(i));
                 Address { base: pinned(op.base), index: Some((T0, op.scale)), disp }
             }
             (Some(b), Some(i)) => {
-                self.c.load(T0, CPU, reg_at(i));
+                self.c.load_cpu(T0, reg_at(i));
                 self.c.lea(T0, None, Some((T0, op.scale)), 0);
-                self.c.rm(0x03, T0, CPU, reg_at(b));
+                self.c.cpu(0x03, T0, reg_at(b));
                 Address { base: Some(T0), index: None, disp }
             }
         };
@@ -61,47 +75,72 @@ impl Emit<'_> {
                 self.c.raw(&[0x45, 0x89, 0xed]); // mov r13d, r13d
             } else {
                 let base = offset_of!(Cpu, seg) + usize::from(op.seg) * size_of::<ringfort_x86::Segment>();
-                self.c.rm(0x03, T0, CPU, (base + offset_of!(ringfort_x86::Segment, base)) as i32);
+                self.c.cpu(0x03, T0, (base + offset_of!(ringfort_x86::Segment, base)) as i32);
             }
         }
         at
     }
 
-    /// Probe the TLB for the op's memory operand of `size` bytes.
-    pub(super) fn operand(&mut self, op: &Op, size: usize, write: bool) -> Operand {
+    /// Probe the TLB for the op's memory operand.
+    pub(super) fn operand(&mut self, op: &Op, wanted: Wanted) -> Operand {
         let at = self.address(op);
         let uses_t0 = at.base == Some(T0) || at.index.is_some_and(|i| i.0 == T0);
-        let miss = self.probe(at, size, write);
+        let miss = self.probe(at, wanted);
         let again = if uses_t0 { self.address(op) } else { at };
         self.placed(again, uses_t0, miss)
     }
 
     /// The same for an address in terms of host registers other than the scratch ones.
-    pub(super) fn operand_at(&mut self, at: Address, size: usize, write: bool) -> Operand {
-        let miss = self.probe(at, size, write);
+    pub(super) fn operand_at(&mut self, at: Address, wanted: Wanted) -> Operand {
+        let miss = self.probe(at, wanted);
         self.placed(at, false, miss)
     }
 
-    /// Leaves the entry's address in [`T1`]; [`T0`] is clobbered once `at` has been used.
-    fn probe(&mut self, at: Address, size: usize, write: bool) -> Hole {
-        let tag = if write { offset_of!(TlbEntry, write) } else { offset_of!(TlbEntry, read) };
-        match at {
-            Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T1, r),
-            _ => self.c.mem(0x8d, T1, at),
+    /// Leaves the entry's index in [`T1`]; [`T0`] is clobbered once `at` has been used.
+    fn probe(&mut self, at: Address, wanted: Wanted) -> Hole {
+        let tag = if wanted.write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
+        if self.fast_pext {
+            let from = match at {
+                Address { base: Some(r), index: None, disp: 0 } => r,
+                _ => {
+                    self.c.mem(0x8d, T1, at);
+                    T1
+                }
+            };
+            // pext r14, from, gs:[mask]
+            let mask = offset_of!(Cpu, hot) + offset_of!(super::Hot, index_mask);
+            self.c.raw(&[0x65, 0xc4, 0x62, (!from & 15) << 3 | 0x82, 0xf5, 0x34, 0x25]);
+            self.c.raw(&(mask as u32).to_le_bytes());
+        } else {
+            match at {
+                Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T1, r),
+                _ => self.c.mem(0x8d, T1, at),
+            }
+            self.c.raw(&[0x49, 0xc1, 0xee, 12]); // shr r14, 12
+            self.c.raw(&[0x41, 0x81, 0xe6]); // and r14d
+            self.c.raw(&((INDEX_MASK >> 12) as u32).to_le_bytes());
         }
-        self.c.raw(&[0x49, 0xc1, 0xee, SHIFT]); // shr r14
-        self.c.raw(&[0x41, 0x81, 0xe6]); // and r14d
-        self.c.raw(&MASK.to_le_bytes());
-        self.c.rm(0x03, T1, CPU, TLB); // add r14, [tlb]
-        // The last byte's page must be the tag: what crosses into the next page never matches.
-        self.c.mem(0x8d, T0, Address { disp: at.disp + size.max(1) as i32 - 1, ..at });
-        self.c.raw(&[0x49, 0x81, 0xe5, 0x00, 0xf0, 0xff, 0xff]); // and r13, -4096
-        self.c.rm(0x3b, T0, T1, tag as i32); // cmp r13, [r14 + tag]
+        if wanted.align > 1 {
+            // A misaligned address keeps a bit that no tag has; an aligned operand lies in one page.
+            match at {
+                Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T0, r),
+                _ => self.c.mem(0x8d, T0, at),
+            }
+            self.c.raw(&[0x49, 0x81, 0xe5]); // and r13
+            self.c.raw(&(-4096 | (i32::from(wanted.align) - 1)).to_le_bytes());
+        } else {
+            // The last byte's page must be the tag: what crosses into the next page never matches.
+            self.c.mem(0x8d, T0, Address { disp: at.disp + wanted.size.max(1) as i32 - 1, ..at });
+            self.c.raw(&[0x49, 0x81, 0xe5, 0x00, 0xf0, 0xff, 0xff]); // and r13, -4096
+        }
+        // cmp r13, [tags + r14 * 8]
+        self.c.mem(0x3b, T0, Address { base: Some(TLB), index: Some((T1, 3)), disp: tag as i32 });
         self.c.jcc(5)
     }
 
     fn placed(&mut self, at: Address, uses_t0: bool, miss: Hole) -> Operand {
-        let addend = offset_of!(TlbEntry, addend) as i32;
+        let addend =
+            Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 };
         let one = match at {
             Address { base: Some(r), index: None, .. } => Some((r, 0)),
             Address { base: None, index, .. } => index,
@@ -109,19 +148,29 @@ impl Emit<'_> {
         };
         match one {
             Some(i) if !uses_t0 => {
-                self.c.load(T1, T1, addend);
+                self.c.mem(0x8b, T1, addend);
                 let at = Address { base: Some(T1), index: Some(i), disp: at.disp };
                 Operand { at, spare: T0, miss }
             }
             Some((T0, 0)) => {
-                self.c.rm(0x03, T0, T1, addend);
+                self.c.mem(0x03, T0, addend);
                 Operand { at: Address { base: Some(T0), index: None, disp: at.disp }, spare: T1, miss }
             }
             _ => {
                 self.c.mem(0x8d, T0, at);
-                self.c.rm(0x03, T0, T1, addend);
+                self.c.mem(0x03, T0, addend);
                 Operand { at: Address { base: Some(T0), index: None, disp: 0 }, spare: T1, miss }
             }
         }
+    }
+
+    /// Put a scratch register aside, or get it back.
+    pub(super) fn keep(&mut self, reg: u8) {
+        self.c.store_cpu(reg, KEPT);
+    }
+
+    /// See [`Emit::keep`].
+    pub(super) fn kept(&mut self, reg: u8) {
+        self.c.load_cpu(reg, KEPT);
     }
 }

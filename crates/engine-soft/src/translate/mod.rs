@@ -1,17 +1,20 @@
 //! The translator: hot blocks of 64-bit code become host code.
 //!
-//! Guest RAX to R10 live in the same host registers, guest RSP in host R12 and R12 in R11; guest R11, R13, R14 and R15 stay in memory. R15
-//! points to the [`Cpu`]; R13 and R14 are scratch. Guest flags are host flags while they last; where host code clobbers them while they are
-//! still wanted ([`flags`]) they are made anew, or go to [`Cpu::arith`] ([`replay`]). A memory access probes the TLB inline ([`memory`]); what
-//! misses, and every instruction that has no host form here, is executed by the interpreter's handler for the op, which sees the same state.
+//! Guest RAX to R10 live in the same host registers, guest RSP in host R12 and R12 in R11; guest R11, R13, R14 and R15 stay in memory. GS
+//! points to the [`Cpu`], R15 to the TLB set in force; R13 and R14 are scratch. Guest vector registers and MXCSR live in the host's from the
+//! first instruction that wants them until something else than translated code runs ([`stubs::live`]). Guest flags are host flags while they
+//! last; where host code clobbers them while they are still wanted ([`flags`]) they are made anew, or go to [`Cpu::arith`] ([`replay`]). A
+//! memory access probes the TLB inline ([`memory`]); what misses, and every instruction that has no host form here, is executed by the
+//! interpreter's handler for the op, which sees the same state.
 //!
-//! A block begins with a look at pending requests and a budget, so every loop comes back. Jumps within a page are patched to go straight to the
-//! next block; others go through a table keyed by address and mapping.
+//! How blocks lead to one another: [`control`].
 
 mod asm;
 mod block;
 mod choose;
+mod control;
 mod flags;
+mod gs;
 mod memory;
 mod replay;
 mod stubs;
@@ -30,6 +33,8 @@ const CODE_SIZE: usize = 24 << 20;
 const HOT: u32 = if cfg!(test) { 2 } else { 24 };
 /// Blocks that run before the loop looks at the clock.
 const BUDGET: i32 = 2048;
+/// Failing guards before a jump is linked anew.
+const RELINK: i32 = 64;
 /// Entries of the jump table.
 pub(super) const JUMPS: usize = 4096;
 
@@ -39,7 +44,7 @@ mod exit {
     pub const POLL: u64 = 0;
     /// The jump table does not know `regs[RIP]`.
     pub const LOOK_UP: u64 = 1;
-    /// A jump within the page that is not linked yet; its offset in code memory is the second value.
+    /// A jump that is not linked yet (or no longer rightly); its number among the links is the second value.
     pub const LINK: u64 = 2;
     /// An op (the second value) ended the block; the next instruction follows it.
     pub const ADVANCE: u64 = 3;
@@ -49,23 +54,35 @@ mod exit {
     pub const TRAP: u64 = 5;
     /// A handler panicked.
     pub const PANIC: u64 = 6;
+    /// The block at `regs[RIP]` cannot execute as translated: the interpreter is to do it.
+    pub const INTERPRET: u64 = 7;
 }
 
 /// Names of the exits, for statistics.
-pub const EXITS: [&str; 7] = ["poll", "look-up", "link", "advance", "branch", "trap", "panic"];
+pub const EXITS: [&str; 8] = ["poll", "look-up", "link", "advance", "branch", "trap", "panic", "interpret"];
 
 /// An entry of the jump table. The layout is known to [`stubs`].
 #[derive(Clone, Copy)]
-#[repr(C, align(64))]
+#[repr(C, align(32))]
 pub struct Jump {
     rip: u64,
     context: u64,
-    code: usize,
     word: *const AtomicU32,
     value: u32,
+    /// Offset in code memory.
+    code: u32,
 }
 
-const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, code: 0, word: std::ptr::null(), value: 0 };
+const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, word: std::ptr::null(), value: 0, code: 0 };
+
+/// A jump between blocks.
+#[derive(Clone, Copy)]
+pub(super) struct Link {
+    /// Offset in code memory of its distance, or of its guard ([`control::guard`]).
+    at: usize,
+    /// For a jump within a page that physical page; else it has a guard.
+    page: Option<u64>,
+}
 
 /// What generated code finds in the [`Cpu`].
 #[repr(C)]
@@ -74,8 +91,28 @@ pub struct Hot {
     requests: *const AtomicU32,
     /// The jump table.
     jumps: *const Jump,
-    /// Blocks still to run before coming back.
+    /// The vCPU itself.
+    cpu: *const Cpu,
+    /// Address of code memory.
+    code: usize,
+    /// The host's stack pointer at the lowest pair.
+    base: usize,
+    /// Something put aside.
+    kept: u64,
+    /// The bits of a linear address that choose the TLB entry.
+    index_mask: u64,
+    /// Polls still to pass before coming back.
     budget: i32,
+    /// Guards still to fail before a jump is linked anew.
+    relink: i32,
+    /// MXCSR of host code.
+    host_mxcsr: u32,
+    /// What of the vector state is in the host's registers.
+    live: u8,
+    /// What of it may be.
+    allowed: u8,
+    /// The next block is to be interpreted.
+    interpret: bool,
 }
 
 /// One vCPU's translations.
@@ -85,6 +122,9 @@ pub struct Translator {
     stubs: Stubs,
     jumps: Box<[Jump; JUMPS]>,
     encoder: iced_x86::Encoder,
+    info: iced_x86::InstructionInfoFactory,
+    links: Vec<Link>,
+    fast_pext: bool,
     panic: Option<Box<dyn std::any::Any + Send>>,
     /// Executions before translation.
     pub hot: u32,
@@ -93,7 +133,7 @@ pub struct Translator {
     /// Times that all translations were dropped because code memory was full.
     pub flushes: u64,
     /// Jumps linked.
-    pub links: u64,
+    pub linked: u64,
     /// Ways back to the run loop by cause, in the order of [`exit`] and [`EXITS`].
     pub exits: [u64; EXITS.len()],
 }
@@ -104,7 +144,21 @@ unsafe impl Send for Translator {}
 impl Hot {
     /// For a vCPU with these requests.
     pub fn new(requests: &AtomicU32) -> Hot {
-        Hot { requests, jumps: std::ptr::null(), budget: 0 }
+        Hot {
+            requests,
+            jumps: std::ptr::null(),
+            cpu: std::ptr::null(),
+            code: 0,
+            base: 0,
+            kept: 0,
+            index_mask: crate::mmu::INDEX_MASK,
+            budget: 0,
+            relink: RELINK,
+            host_mxcsr: 0x1f80,
+            live: 0,
+            allowed: 0,
+            interpret: false,
+        }
     }
 }
 
@@ -123,18 +177,21 @@ impl Translator {
     /// When the host gives no memory for code.
     pub fn with_size(size: usize) -> std::io::Result<Box<Translator>> {
         let mut memory = CodeMemory::new(size)?;
-        let (stubs, used) = Stubs::write(&mut memory);
+        let stubs = Stubs::write(&mut memory);
         Ok(Box::new(Translator {
             memory,
-            used,
+            used: stubs.end,
             stubs,
             jumps: Box::new([NO_JUMP; JUMPS]),
             encoder: iced_x86::Encoder::new(64),
+            info: iced_x86::InstructionInfoFactory::new(),
+            links: Vec::new(),
+            fast_pext: fast_pext(),
             panic: None,
             hot: HOT,
             blocks: 0,
             flushes: 0,
-            links: 0,
+            linked: 0,
             exits: [0; EXITS.len()],
         }))
     }
@@ -143,6 +200,7 @@ impl Translator {
     pub fn clear(&mut self) {
         self.used = self.stubs.end;
         self.jumps.fill(NO_JUMP);
+        self.links.clear();
     }
 }
 
@@ -184,6 +242,9 @@ impl Cpu {
     pub(crate) fn run_translated(&mut self, block: *const Block) -> Option<After> {
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
+        if std::mem::take(&mut self.hot.interpret) {
+            return None;
+        }
         if b.code.get() == 0 {
             let heat = b.heat.get() + 1;
             b.heat.set(heat);
@@ -195,17 +256,43 @@ impl Cpu {
         Some(self.enter(b))
     }
 
+    /// Which vector instructions translated code may execute by itself: those that cannot fault for what control registers and MXCSR say.
+    pub(crate) fn update_vectors(&mut self) {
+        use ringfort_x86::cr::*;
+        let mut allowed = 0;
+        if self.cr0 & (CR0_EM | CR0_TS) == 0 && self.cr4 & CR4_OSFXSR != 0 {
+            allowed = stubs::live::SSE;
+            let enabled = XCR0_SSE | XCR0_AVX;
+            if self.cr4 & CR4_OSXSAVE != 0 && self.xcr0 & enabled == enabled {
+                allowed |= stubs::live::AVX;
+            }
+            // An exception that is not masked has to find the instruction: the interpreter's part.
+            if self.vec.mxcsr & 0x1f80 == 0x1f80 {
+                allowed |= stubs::live::MXCSR;
+            }
+        }
+        self.hot.allowed = allowed;
+    }
+
     #[inline]
     fn enter(&mut self, b: &Block) -> After {
-        let context = self.mmu.context << 8 | self.mode_key;
         let rip = self.regs[usize::from(RIP)];
         let Some(t) = self.translator.as_mut() else { return After::GoOn };
         let (word, value) = b.stamp();
-        t.jumps[(rip ^ rip >> 12) as usize % JUMPS] = Jump { rip, context, code: b.code.get(), word, value };
+        let context = self.cache.context;
+        let code = (b.code.get() - t.memory.address(0)) as u32;
+        t.jumps[(rip ^ rip >> 12) as usize % JUMPS] = Jump { rip, context, word, value, code };
         self.hot.jumps = t.jumps.as_ptr();
+        self.hot.code = t.memory.address(0);
         self.hot.budget = BUDGET;
-        let entry = t.stubs.entry();
-        let (why, what) = stubs::enter(entry, self, b.code.get());
+        self.hot.cpu = self;
+        self.enter_page(b.first());
+        self.update_vectors();
+        gs::point_to(self);
+        let Some(t) = self.translator.as_deref() else { return After::GoOn };
+        let t: *const Translator = t;
+        // SAFETY: the translator lives in a box of its own, which nothing that runs meanwhile replaces.
+        let (why, what) = stubs::enter(unsafe { &*t }, self, b.code.get());
         if let Some(t) = self.translator.as_mut()
             && let Some(n) = t.exits.get_mut(why as usize)
         {
@@ -229,13 +316,18 @@ impl Cpu {
                 Some(panic) => resume_unwind(panic),
                 None => After::GoOn,
             },
+            exit::INTERPRET => {
+                self.hot.interpret = true;
+                After::GoOn
+            }
             _ => After::GoOn,
         }
     }
 
-    /// Let the jump at `slot` of code memory go straight to the block at `regs[RIP]`, which lies in the same page, if that has code.
+    /// Let a jump go straight to the block at `regs[RIP]`, if that has code.
     #[cold]
-    fn link(&mut self, slot: usize) {
+    fn link(&mut self, number: usize) {
+        self.hot.relink = RELINK;
         // A fetch fault is raised again, and delivered, when the block is looked up in earnest.
         let before = self.cache.decoded;
         let Ok(block) = self.find_block(false) else { return };
@@ -245,15 +337,41 @@ impl Cpu {
         if b.code.get() == 0 || self.cache.decoded != before {
             return;
         }
-        if let Some(t) = self.translator.as_mut() {
-            // The page may be mapped elsewhere now, without the guest having said so.
-            if t.memory.read_u64(slot + block::SLOT_PAGE) != b.gpa & !0xfff {
-                return;
+        let context = self.cache.context;
+        let global = context == self.mmu.global_context;
+        let Some(t) = self.translator.as_mut() else { return };
+        let Some(&link) = t.links.get(number) else { return };
+        let distance =
+            |from: usize| (b.code.get().wrapping_sub(t.memory.address(from + 4)) as u32).to_le_bytes();
+        match link.page {
+            Some(page) => {
+                // The page may be mapped elsewhere now, without the guest having said so.
+                if page != b.gpa & !0xfff {
+                    return;
+                }
+                let to = distance(link.at);
+                t.memory.write(link.at, &to);
             }
-            let from = t.memory.address(slot + 5);
-            let distance = b.code.get().wrapping_sub(from) as u32;
-            t.memory.write(slot + 1, &distance.to_le_bytes());
-            t.links += 1;
+            None => {
+                use control::guard;
+                let (word, value) = b.stamp();
+                let to = distance(link.at + guard::JUMP);
+                let at = link.at;
+                t.memory.write(at + guard::WORD, &(word as u64).to_le_bytes());
+                t.memory.write(at + guard::VALUE, &value.to_le_bytes());
+                t.memory.write(at + guard::CONTEXT_AT, &control::context_at(global).to_le_bytes());
+                t.memory.write(at + guard::CONTEXT, &(context as u32).to_le_bytes());
+                t.memory.write(at + guard::JUMP, &to);
+                t.memory.write(at + guard::SKIP, &0u32.to_le_bytes());
+            }
         }
+        t.linked += 1;
     }
+}
+
+/// Whether PEXT takes a few cycles: not on AMD's CPUs before Zen 3.
+fn fast_pext() -> bool {
+    let amd = std::arch::x86_64::__cpuid(0).ebx.to_le_bytes() == *b"Auth";
+    let family = std::arch::x86_64::__cpuid(1).eax >> 20 & 0xff;
+    std::arch::is_x86_feature_detected!("bmi2") && (!amd || family >= 0xa)
 }

@@ -81,8 +81,8 @@ impl Emit<'_> {
     pub(super) fn flags_to_memory(&mut self) {
         self.c.mov(T1, RAX);
         self.c.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
-        self.c.raw(&[0x66, 0x41, 0x89, 0x87]); // mov [r15 + arith], ax
-        self.c.raw(&ARITH.to_le_bytes());
+        self.c.raw(&[0x66]);
+        self.c.cpu32(&[0x89], RAX, ARITH); // mov gs:[arith], ax
         self.c.mov(RAX, T1);
     }
 
@@ -103,8 +103,7 @@ impl Emit<'_> {
 
     pub(super) fn flags_from_memory(&mut self, temp: u8) {
         self.c.mov(temp, RAX);
-        self.c.raw(&[0x41, 0x0f, 0xb7, 0x87]); // movzx eax, word [r15 + arith]
-        self.c.raw(&ARITH.to_le_bytes());
+        self.c.cpu32(&[0x0f, 0xb7], RAX, ARITH); // movzx eax, word gs:[arith]
         self.c.raw(&[0x04, 0x7f, 0x9e]); // add al, 7fh: OF if al was 1; sahf
         self.c.mov(RAX, temp);
     }

@@ -1,9 +1,14 @@
-//! The common pieces of generated code: the way in, the ways out, calls of op handlers, the jump table's look-up.
+//! The common pieces of generated code: the way in, the ways out, calls of op handlers, the jump table's look-up, and the moves of vector
+//! registers between the [`Cpu`] and the host's.
+//!
+//! While translated code runs, GS points to the [`Cpu`] and the host's stack holds, above [`Hot::base`], a pair for each guest call that
+//! has not returned: the host address to go on at and the guest's return address. A guest's RET to that address is a host RET, which the host
+//! predicts. The budget bounds how deep it gets. Below the first pair is one that no return address matches.
 
-use super::asm::{CPU, Code, SP, T0, T1};
-use super::{Hot, JUMPS, Jump, call_op, exit};
+use super::asm::{Code, HOST_SP, SP, T0, T1, TLB};
+use super::{Hot, JUMPS, Jump, Translator, call_op, exit};
 use crate::codemem::CodeMemory;
-use crate::cpu::{Cpu, RIP};
+use crate::cpu::{Cpu, RIP, Vectors};
 use crate::mmu::Mmu;
 use std::mem::offset_of;
 
@@ -16,30 +21,72 @@ pub const fn reg_at(n: u8) -> i32 {
     (offset_of!(Cpu, regs) + n as usize * 8) as i32
 }
 
+const fn hot_at(field: usize) -> i32 {
+    (offset_of!(Cpu, hot) + field) as i32
+}
+
+const fn mmu_at(field: usize) -> i32 {
+    (offset_of!(Cpu, mmu) + field) as i32
+}
+
+/// Offset of RIP: of the page's while a block executes.
+pub const RIP_AT: i32 = reg_at(RIP);
 /// Offset of the arithmetic flags.
 pub const ARITH: i32 = offset_of!(Cpu, arith) as i32;
-/// Offset of the current TLB pointer.
-pub const TLB: i32 = (offset_of!(Cpu, mmu) + offset_of!(Mmu, tlb)) as i32;
-const CONTEXT: i32 = (offset_of!(Cpu, mmu) + offset_of!(Mmu, context)) as i32;
-const MODE_KEY: i32 = offset_of!(Cpu, mode_key) as i32;
+/// Offset of the pointer to the TLB set in force.
+pub const TLB_SET: i32 = mmu_at(offset_of!(Mmu, tlb));
+/// Offset of what identifies where pages lie that are not global.
+pub const CONTEXT: i32 = mmu_at(offset_of!(Mmu, context));
+/// Offset of what identifies where global pages lie.
+pub const GLOBAL_CONTEXT: i32 = mmu_at(offset_of!(Mmu, global_context));
 /// Offset of the pointer to pending requests.
-pub const REQUESTS: i32 = (offset_of!(Cpu, hot) + offset_of!(Hot, requests)) as i32;
-/// Offset of the block budget.
-pub const BUDGET: i32 = (offset_of!(Cpu, hot) + offset_of!(Hot, budget)) as i32;
-const JUMP_TABLE: i32 = (offset_of!(Cpu, hot) + offset_of!(Hot, jumps)) as i32;
+pub const REQUESTS: i32 = hot_at(offset_of!(Hot, requests));
+/// Offset of the budget.
+pub const BUDGET: i32 = hot_at(offset_of!(Hot, budget));
+/// Offset of the count of failing links until one is made anew.
+pub const RELINK: i32 = hot_at(offset_of!(Hot, relink));
+/// Offset of what is live of the vector state; see [`live`].
+pub const LIVE: i32 = hot_at(offset_of!(Hot, live));
+/// Offset of a place for one value.
+pub const KEPT: i32 = hot_at(offset_of!(Hot, kept));
+const ALLOWED: i32 = hot_at(offset_of!(Hot, allowed));
+const BASE: i32 = hot_at(offset_of!(Hot, base));
+const SELF: i32 = hot_at(offset_of!(Hot, cpu));
+const CODE_BASE: i32 = hot_at(offset_of!(Hot, code));
+const JUMP_TABLE: i32 = hot_at(offset_of!(Hot, jumps));
+const HOST_MXCSR: i32 = hot_at(offset_of!(Hot, host_mxcsr));
+const VEC: i32 = (offset_of!(Cpu, vec) + offset_of!(Vectors, ymm)) as i32;
+const MXCSR: i32 = (offset_of!(Cpu, vec) + offset_of!(Vectors, mxcsr)) as i32;
+
+/// What of the guest's vector state is in the host's registers, and what may be executed on it; for [`Hot::live`] and [`Hot::allowed`].
+pub mod live {
+    /// Registers; SSE instructions may execute.
+    pub const SSE: u8 = 1;
+    /// AVX instructions may execute.
+    pub const AVX: u8 = 2;
+    /// MXCSR, which masks all exceptions: arithmetic may execute.
+    pub const MXCSR: u8 = 4;
+}
+
+/// The guest's return address in the lowest pair on the host's stack: not canonical.
+const NO_RETURN: u64 = 0x8000_5a5a_0000_a5a5;
 
 /// Addresses of the stubs.
 pub struct Stubs {
     enter: usize,
-    /// Leave with [`exit::POLL`].
+    /// Leave with [`exit::POLL`]; RIP is [`T0`] bytes from the page's.
     pub poll: usize,
-    /// Go to the block at `regs[RIP]`, which is also in [`T0`].
-    pub look_up: usize,
-    /// Leave with [`exit::LINK`] and the value of [`T1`].
+    /// Leave with [`exit::LINK`] and the value of [`T1`]; RIP is [`T0`] bytes from the page's.
     pub link: usize,
-    /// Call the handler of the op in [`T0`].
+    /// Find the code for the guest address in [`T0`]: its address in [`T1`], RIP set to the page. To be called.
+    pub look_up: usize,
+    /// Go to the block at the guest address in [`T0`], to which a RET led that no host RET serves.
+    pub return_miss: usize,
+    /// Call the handler of the op in [`T0`]. To be called.
     pub call: usize,
-    /// First free offset after the stubs.
+    /// Make the vector state live; [`T0`] says what is needed ([`live`], from bit 16 on) and where it is (offset in the page). To be called.
+    /// Leaves with [`exit::INTERPRET`] if that is not allowed.
+    pub vectors: usize,
     pub end: usize,
 }
 
@@ -51,61 +98,110 @@ struct Returned {
 
 fn spill(c: &mut Code) {
     for (guest, host) in PINNED {
-        c.store(host, CPU, reg_at(guest));
+        c.store_cpu(host, reg_at(guest));
     }
 }
 
 fn reload(c: &mut Code) {
     for (guest, host) in PINNED {
-        c.load(host, CPU, reg_at(guest));
+        c.load_cpu(host, reg_at(guest));
+    }
+    c.load_cpu(TLB, TLB_SET);
+}
+
+/// Move all vector registers between the `Cpu` and the host's.
+fn vectors(c: &mut Code, store: bool, avx: bool) {
+    for n in 0..16u8 {
+        let modrm = [(n & 7) << 3 | 4, 0x25];
+        let high = n >> 3;
+        if avx {
+            c.raw(&[0x65, 0xc5, (high ^ 1) << 7 | 0x7c, 0x28 | u8::from(store)]);
+        } else {
+            c.raw(&[0x65, 0x40 | high << 2, 0x0f, 0x28 | u8::from(store)]);
+        }
+        c.raw(&modrm);
+        c.raw(&(VEC + i32::from(n) * 32).to_le_bytes());
     }
 }
 
-/// `mov eax, code`.
-fn mov_eax(c: &mut Code, code: u64) {
-    c.raw(&[0xb8]);
-    c.raw(&(code as u32).to_le_bytes());
+/// `ldmxcsr` (2) or `stmxcsr` (3) `gs:[at]`.
+fn mxcsr(c: &mut Code, direction: u8, at: i32) {
+    c.raw(&[0x65, 0x0f, 0xae, direction << 3 | 4, 0x25]);
+    c.raw(&at.to_le_bytes());
 }
 
 impl Stubs {
-    /// Write them at the beginning of `memory`; the second value is the first free offset.
-    pub fn write(memory: &mut CodeMemory) -> (Stubs, usize) {
+    /// Write them at the beginning of `memory`.
+    pub fn write(memory: &mut CodeMemory) -> Stubs {
         let base = memory.address(0);
+        let avx = std::arch::is_x86_feature_detected!("avx");
         let mut c = Code::default();
-        // The way in: fn(cpu: rdi, code: rsi). Six pushes and eight bytes leave the stack aligned to 16.
+
+        // Vector registers and MXCSR go to the Cpu. Keeps all general registers.
+        let save_vectors = c.at();
+        vectors(&mut c, true, avx);
+        if avx {
+            c.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
+        }
+        c.test_cpu8(LIVE, live::MXCSR);
+        let plain = c.jcc(4);
+        mxcsr(&mut c, 3, MXCSR);
+        mxcsr(&mut c, 2, HOST_MXCSR);
+        c.land(plain);
+        c.cpu32(&[0xc6], 0, LIVE);
+        c.raw(&[0, 0xc3]); // mov byte [live], 0; ret
+        let save_if_live = |c: &mut Code| {
+            c.cpu32(&[0x80], 7, LIVE);
+            c.raw(&[0]); // cmp byte [live], 0
+            let dead = c.jcc(4);
+            let call = c.call();
+            c.fill(call, save_vectors);
+            c.land(dead);
+        };
+
+        // The way in: fn(cpu: rdi, code: rsi). Six pushes and eight bytes leave the stack aligned to 16, and so do the pairs.
         let enter = base + c.at();
         c.raw(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57]);
         c.raw(&[0x48, 0x83, 0xec, 0x08]);
-        c.mov(CPU, 7);
+        c.imm64(0, NO_RETURN);
+        c.raw(&[0x50]); // push rax
+        let no_return = c.at() + 2;
+        c.imm64(0, 0);
+        c.raw(&[0x50]);
+        c.store_cpu(HOST_SP, BASE);
         c.mov(T0, 6);
         reload(&mut c);
         c.raw(&[0x41, 0xff, 0xe5]); // jmp r13
         // The way out; guest registers are in memory, RAX and RDX hold the result.
         let leave = c.at();
-        c.raw(&[0x48, 0x83, 0xc4, 0x08]);
+        save_if_live(&mut c);
+        c.load_cpu(HOST_SP, BASE);
+        c.raw(&[0x48, 0x83, 0xc4, 0x18]); // add rsp, 24
         c.raw(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
-        let leave_from = |c: &mut Code| {
+        let leave_with = |c: &mut Code, code: u64| {
+            c.imm(0, code as i64);
             let hole = c.jmp();
             c.fill(hole, leave);
         };
-        let poll = base + c.at();
-        spill(&mut c);
-        mov_eax(&mut c, exit::POLL);
-        leave_from(&mut c);
-        let miss = c.at();
-        spill(&mut c);
-        mov_eax(&mut c, exit::LOOK_UP);
-        leave_from(&mut c);
-        let link = base + c.at();
-        spill(&mut c);
-        c.mov(2, T1);
-        mov_eax(&mut c, exit::LINK);
-        leave_from(&mut c);
+        let simple = |c: &mut Code, code: u64, relative: bool| {
+            let at = base + c.at();
+            c.cpu(if relative { 0x01 } else { 0x89 }, T0, RIP_AT); // add or mov [rip], r13
+            spill(c);
+            c.mov(2, T1);
+            leave_with(c, code);
+            at
+        };
+        let poll = simple(&mut c, exit::POLL, true);
+        let poll_absolute = simple(&mut c, exit::POLL, false) - base;
+        let miss = simple(&mut c, exit::LOOK_UP, false) - base;
+        let link = simple(&mut c, exit::LINK, true);
+        let interpret = simple(&mut c, exit::INTERPRET, true) - base;
 
         let call = base + c.at();
         spill(&mut c);
+        save_if_live(&mut c);
         c.raw(&[0x41, 0x55]); // push r13
-        c.mov(7, CPU);
+        c.load_cpu(7, SELF);
         c.mov(6, T0);
         c.imm64(0, call_op as *const () as u64);
         c.raw(&[0xff, 0xd0]); // call rax
@@ -115,53 +211,110 @@ impl Stubs {
         reload(&mut c);
         c.raw(&[0xc3]);
         c.land(stop);
-        c.raw(&[0x48, 0x83, 0xc4, 0x08]); // the return address
         c.mov(2, T0);
-        leave_from(&mut c);
+        let hole = c.jmp();
+        c.fill(hole, leave);
 
         let look_up = base + c.at();
+        c.decrement_cpu(BUDGET);
+        let exhausted = c.jcc(8);
+        c.load_cpu(T1, REQUESTS);
+        c.raw(&[0x41, 0x83, 0x3e, 0x00]); // cmp dword [r14], 0
+        let requested = c.jcc(5);
+        for h in [exhausted, requested] {
+            c.fill(h, poll_absolute);
+        }
         c.mov(T1, T0);
         c.raw(&[0x49, 0xc1, 0xee, 0x0c]); // shr r14, 12
         c.rr(0x31, T0, T1); // xor r14, r13
         c.raw(&[0x41, 0x81, 0xe6]); // and r14d, JUMPS - 1
         c.raw(&(JUMPS as u32 - 1).to_le_bytes());
         c.raw(&[0x49, 0xc1, 0xe6, size_of::<Jump>().trailing_zeros() as u8]); // shl r14
-        c.rm(0x03, T1, CPU, JUMP_TABLE); // add r14, [jumps]
+        c.cpu(0x03, T1, JUMP_TABLE); // add r14, [jumps]
         c.rm(0x3b, T0, T1, offset_of!(Jump, rip) as i32);
         let no_rip = c.jcc(5);
-        c.load(T0, CPU, CONTEXT);
-        c.raw(&[0x49, 0xc1, 0xe5, 0x08]); // shl r13, 8
-        c.rm(0x0b, T0, CPU, MODE_KEY); // or
-        c.rm(0x3b, T0, T1, offset_of!(Jump, context) as i32);
+        c.load(T0, T1, offset_of!(Jump, context) as i32);
+        c.cpu(0x3b, T0, GLOBAL_CONTEXT);
+        let global = c.jcc(4);
+        c.cpu(0x3b, T0, CONTEXT);
         let no_context = c.jcc(5);
+        c.land(global);
         c.load(T0, T1, offset_of!(Jump, word) as i32);
         c.raw(&[0x45, 0x8b, 0x6d, 0x00]); // mov r13d, [r13]
-        c.raw(&[0x45, 0x3b, 0xae]); // cmp r13d, [r14 + value]
-        c.raw(&(offset_of!(Jump, value) as u32).to_le_bytes());
+        c.raw(&[0x45, 0x3b, 0x6e, offset_of!(Jump, value) as u8]); // cmp r13d, [r14 + value]
         let stale = c.jcc(5);
-        c.raw(&[0x41, 0xff, 0xa6]); // jmp [r14 + code]
-        c.raw(&(offset_of!(Jump, code) as u32).to_le_bytes());
-        for m in [no_rip, no_context, stale] {
-            c.fill(m, miss);
+        c.load(T0, T1, offset_of!(Jump, rip) as i32);
+        c.raw(&[0x49, 0x81, 0xe5, 0x00, 0xf0, 0xff, 0xff]); // and r13, -4096
+        c.store_cpu(T0, RIP_AT);
+        c.raw(&[0x45, 0x8b, 0x76, offset_of!(Jump, code) as u8]); // mov r14d, [r14 + code]
+        c.cpu(0x03, T1, CODE_BASE);
+        c.raw(&[0xc3]);
+        for h in [no_context, stale] {
+            c.land(h);
         }
+        c.load(T0, T1, offset_of!(Jump, rip) as i32);
+        c.fill(no_rip, miss);
+        let hole = c.jmp();
+        c.fill(hole, miss);
+
+        let return_miss = base + c.at();
+        c.cpu(0x3b, HOST_SP, BASE);
+        let lowest = c.jcc(4);
+        c.raw(&[0x48, 0x83, 0xc4, 0x10]); // add rsp, 16
+        c.land(lowest);
+        c.far(0xe8, base, look_up);
+        c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
+
+        // Where the lowest pair leads: only a guest that guesses its return address comes here.
+        let lowest_pair = base + c.at();
+        let hole = c.jmp();
+        c.fill(hole, miss);
+
+        let vectors_at = base + c.at();
+        c.raw(&[0x45, 0x89, 0xee]); // mov r14d, r13d
+        c.raw(&[0x41, 0xc1, 0xee, 0x10]); // shr r14d, 16
+        // Everything that is needed must be allowed.
+        c.raw(&[0x41, 0xc1, 0xcd, 0x10]); // ror r13d, 16
+        c.cpu32(&[0x22], T1, ALLOWED); // and r14b, [allowed]
+        c.raw(&[0x45, 0x38, 0xee]); // cmp r14b, r13b
+        let refused = c.jcc(5);
+        c.cpu32(&[0x80], 7, LIVE);
+        c.raw(&[0]); // cmp byte [live], 0
+        let have = c.jcc(5);
+        vectors(&mut c, false, avx);
+        c.cpu32(&[0x8a], T1, ALLOWED); // mov r14b, [allowed]
+        c.raw(&[0x41, 0x80, 0xe6, live::SSE | live::AVX]); // and r14b
+        c.cpu32(&[0x88], T1, LIVE); // mov [live], r14b
+        c.land(have);
+        c.raw(&[0x41, 0xf6, 0xc5, live::MXCSR]); // test r13b
+        let no_mxcsr = c.jcc(4);
+        c.test_cpu8(LIVE, live::MXCSR);
+        let have_mxcsr = c.jcc(5);
+        mxcsr(&mut c, 2, MXCSR);
+        c.cpu32(&[0x80], 1, LIVE);
+        c.raw(&[live::MXCSR]); // or byte [live]
+        c.land(no_mxcsr);
+        c.land(have_mxcsr);
+        c.raw(&[0xc3]);
+        c.land(refused);
+        c.raw(&[0x41, 0xc1, 0xed, 0x10]); // shr r13d, 16: the offset
+        let hole = c.jmp();
+        c.fill(hole, interpret);
+
+        c.bytes[no_return..no_return + 8].copy_from_slice(&lowest_pair.to_le_bytes());
         memory.write(0, &c.bytes);
         let end = c.at().next_multiple_of(64);
-        (Stubs { enter, poll, look_up, link, call, end }, end)
-    }
-
-    /// The way in, for [`enter`].
-    pub fn entry(&self) -> usize {
-        self.enter
+        Stubs { enter, poll, link, look_up, return_miss, call, vectors: vectors_at, end }
     }
 }
 
-/// Execute translated code by the way in at `entry`; the exit code and its value.
+/// Execute translated code; the exit code and its value.
 #[inline]
-pub fn enter(entry: usize, cpu: *mut Cpu, code: usize) -> (u64, u64) {
+pub fn enter(t: &Translator, cpu: *mut Cpu, code: usize) -> (u64, u64) {
     // SAFETY: the stub follows this signature and keeps to the System V ABI.
-    let f: extern "sysv64" fn(*mut Cpu, usize) -> Returned = unsafe { std::mem::transmute(entry) };
+    let f: extern "sysv64" fn(*mut Cpu, usize) -> Returned = unsafe { std::mem::transmute(t.stubs.enter) };
     let r = f(cpu, code);
     (r.why, r.what)
 }
 
-const _: () = assert!(RIP == 17 && size_of::<Jump>() == 64);
+const _: () = assert!(RIP == 17 && size_of::<Jump>() == 32);

@@ -207,7 +207,7 @@ impl Cpu {
         if let Some(t) = &self.translator {
             c.translated.store(t.blocks, Ordering::Relaxed);
             c.flushes.store(t.flushes, Ordering::Relaxed);
-            c.links.store(t.links, Ordering::Relaxed);
+            c.links.store(t.linked, Ordering::Relaxed);
             for (to, n) in c.exits.iter().zip(t.exits) {
                 to.store(n, Ordering::Relaxed);
             }

@@ -82,7 +82,8 @@ impl Cpu {
             Some(After::Trap(op)) => return Err((Trap::carried(), Some(op))),
         }
         // SAFETY: the cache keeps a block until another is decoded, which no op does.
-        let ops = unsafe { &(*block).ops };
+        let (ops, first) = unsafe { (&(*block).ops, (*block).first()) };
+        self.enter_page(first);
         self.block_end = ops.as_ptr_range().end;
         self.current = ops.as_ptr();
         loop {
@@ -119,6 +120,12 @@ impl Cpu {
         } else {
             Ok(Flow::Next)
         }
+    }
+
+    /// From the architectural RIP, `first` bytes into a page, to the page's: see [`Cpu::regs`].
+    #[inline(always)]
+    pub(crate) fn enter_page(&mut self, first: u64) {
+        self.regs[usize::from(RIP)] = self.regs[usize::from(RIP)].wrapping_sub(first);
     }
 
     /// Let RIP follow the op, which has not branched.
@@ -161,6 +168,7 @@ impl Cpu {
         };
         // SAFETY: as in `step_block`.
         let op: &Op = unsafe { &(&(*block).ops)[0] };
+        self.enter_page(op.off.into());
         self.block_end = std::ptr::null();
         // Instructions that ran outside single steps may have left these behind.
         self.loaded_rf = false;
@@ -234,6 +242,7 @@ impl Cpu {
         };
         // SAFETY: as in `step_block`.
         let op: &Op = unsafe { &(&(*block).ops)[0] };
+        self.enter_page(op.off.into());
         self.block_end = std::ptr::null();
         match (op.run)(self, op) {
             Ok(Flow::Next | Flow::EndBlock) => self.advance(op),

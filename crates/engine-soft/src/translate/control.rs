@@ -1,0 +1,290 @@
+//! How blocks lead to one another.
+//!
+//! A jump within the page is patched to go straight to the next block's code. One into another page passes a guard as well: that the page it
+//! was linked to still holds the code, and that pages still lie where they lay. Indirect jumps look in the jump table. Calls leave a pair on
+//! the host's stack, with which the guest's RET becomes a host RET (see [`super::stubs`]).
+//!
+//! Every circle of blocks passes a poll: backward jumps, calls and look-ups have one.
+
+use super::Link;
+use super::asm::{Address, Hole, SP, T0, T1};
+use super::block::Emit;
+use super::memory::Wanted;
+use super::stubs::{BUDGET, CONTEXT, GLOBAL_CONTEXT, RELINK, REQUESTS, RIP_AT};
+use crate::decode::Op;
+use iced_x86::{Code as I, Instruction};
+
+/// Offsets in the guard of a jump into another page, from its first byte.
+pub(super) mod guard {
+    /// Distance of the jump that skips the guard while nothing is linked; 0 when something is.
+    pub const SKIP: usize = 1;
+    /// Address of the target page's code word.
+    pub const WORD: usize = 7;
+    /// What it must hold.
+    pub const VALUE: usize = 18;
+    /// Which context must be in force: the offset in the `Cpu`.
+    pub const CONTEXT_AT: usize = 33;
+    /// The context's low half.
+    pub const CONTEXT: usize = 37;
+    /// Distance of the jump to the target's code.
+    pub const JUMP: usize = 61;
+    /// Behind it.
+    pub const END: usize = 65;
+}
+
+/// A way out of a block's straight line.
+pub(super) struct Out {
+    /// From these jumps.
+    from: Vec<Hole>,
+    /// To what lies so far from the beginning of the page.
+    to: i64,
+    why: Why,
+}
+
+enum Why {
+    /// Somebody wants attention.
+    Poll,
+    /// Not linked yet.
+    Link(u32),
+    /// A guard has failed.
+    Guard(u32),
+}
+
+impl Emit<'_> {
+    /// Give way to whoever wants this vCPU's attention; RIP is then `to` bytes from the page's.
+    fn poll(&mut self, to: i64) {
+        self.c.decrement_cpu(BUDGET);
+        let exhausted = self.c.jcc(8);
+        self.c.load_cpu(T1, REQUESTS);
+        self.c.raw(&[0x41, 0x83, 0x3e, 0x00]); // cmp dword [r14], 0
+        let requested = self.c.jcc(5);
+        self.outs.push(Out { from: vec![exhausted, requested], to, why: Why::Poll });
+    }
+
+    /// Go to what lies `to` bytes from the page's beginning. Flags are where the next block expects them; host flags are free.
+    pub(super) fn go(&mut self, to: i64) {
+        if !(0..4096).contains(&to) {
+            return self.go_far(to);
+        }
+        if to <= self.here {
+            self.poll(to);
+        }
+        let hole = self.c.jmp();
+        self.link_within(hole, to);
+    }
+
+    /// As [`Emit::go`], if condition `cc` holds. Host flags stay.
+    pub(super) fn go_if(&mut self, cc: u8, to: i64) {
+        let hole = self.c.jcc(cc);
+        if (self.here + 1..4096).contains(&to) {
+            self.link_within(hole, to);
+        } else {
+            self.later.push((hole, to));
+        }
+    }
+
+    fn link_within(&mut self, hole: Hole, to: i64) {
+        let link = self.add_link(Link { at: self.start + hole.0, page: Some(self.page) });
+        self.outs.push(Out { from: vec![hole], to, why: Why::Link(link) });
+    }
+
+    fn add_link(&mut self, link: Link) -> u32 {
+        self.links.push(link);
+        (self.links.len() - 1) as u32
+    }
+
+    /// Into another page.
+    fn go_far(&mut self, to: i64) {
+        if to <= self.here {
+            self.poll(to);
+        }
+        let Ok(distance) = i32::try_from(to & !0xfff) else {
+            // Farther than a guard can say.
+            self.c.imm(T0, to);
+            self.c.cpu(0x03, T0, RIP_AT);
+            return self.go_indirect();
+        };
+        let start = self.c.at();
+        let skip = self.c.jmp();
+        self.c.imm64(T1, 0);
+        self.c.raw(&[0x41, 0x81, 0x3e, 0, 0, 0, 0]); // cmp dword [r14], value
+        let stale = self.c.jcc(5);
+        self.c.cpu32(&[0x81], 7, CONTEXT); // cmp dword [context], low half
+        self.c.raw(&[0; 4]);
+        let elsewhere = self.c.jcc(5);
+        self.c.cpu(0x81, 0, RIP_AT); // add qword [rip], distance
+        self.c.raw(&distance.to_le_bytes());
+        // Leads nowhere until it is linked; the skip keeps it from being reached.
+        let jump = self.c.jmp();
+        debug_assert_eq!(
+            (skip.0 - start, jump.0 - start, self.c.at() - start),
+            (guard::SKIP, guard::JUMP, guard::END)
+        );
+        let link = self.add_link(Link { at: self.start + start, page: None });
+        self.outs.push(Out { from: vec![skip], to, why: Why::Link(link) });
+        self.outs.push(Out { from: vec![stale, elsewhere], to, why: Why::Guard(link) });
+    }
+
+    /// Go to the guest address in [`T0`].
+    fn go_indirect(&mut self) {
+        let (base, to) = (self.base, self.stubs.look_up);
+        self.c.far(0xe8, base, to);
+        self.c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
+    }
+
+    /// A hole to jump from if the address in [`T0`] is not canonical. Clobbers [`T1`].
+    fn wild(&mut self) -> Hole {
+        self.c.mov(T1, T0);
+        self.c.raw(&[0x49, 0xc1, 0xfe, 0x2f]); // sar r14, 47
+        self.c.raw(&[0x49, 0x83, 0xc6, 0x01]); // add r14, 1
+        self.c.raw(&[0x49, 0x83, 0xfe, 0x01]); // cmp r14, 1
+        self.c.jcc(7)
+    }
+
+    /// The pieces that jumps out of the straight line lead to.
+    pub(super) fn emit_outs(&mut self) {
+        while let Some((hole, to)) = self.later.pop() {
+            self.c.land(hole);
+            self.go(to);
+        }
+        let base = self.base;
+        for out in std::mem::take(&mut self.outs) {
+            for &hole in &out.from {
+                self.c.land(hole);
+            }
+            if let Why::Guard(_) = out.why {
+                // By the jump table, and now and then by a new link.
+                self.c.decrement_cpu(RELINK);
+                let again = self.c.jcc(8);
+                self.c.imm(T0, out.to);
+                self.c.cpu(0x03, T0, RIP_AT);
+                self.go_indirect();
+                self.c.land(again);
+            }
+            self.c.imm(T0, out.to);
+            let stub = match out.why {
+                Why::Link(link) | Why::Guard(link) => {
+                    self.c.imm(T1, link.into());
+                    self.stubs.link
+                }
+                Why::Poll => self.stubs.poll,
+            };
+            self.c.far(0xe9, base, stub);
+        }
+    }
+
+    /// The guest's return address goes to its stack; it is also in [`T0`].
+    fn push_return(&mut self, op: &Op, next: i64) {
+        let (o, lost) = self.stack(SP, -8, true);
+        let value = o.spare;
+        self.c.load_cpu(value, RIP_AT);
+        self.c.lea(value, Some(value), None, next as i32);
+        self.c.mem(0x89, value, o.at);
+        self.c.lea(SP, Some(SP), None, -8);
+        self.slow_path(o.miss, op, lost);
+        if value != T0 {
+            self.c.mov(T0, value);
+        }
+    }
+
+    /// Host code that the guest's RET is to come back to, and the call of `callee`, which is emitted later.
+    fn pair(&mut self, next: i64) -> Hole {
+        self.c.raw(&[0x41, 0x55]); // push r13
+        let call = self.c.call();
+        // Back from there, with the guest's RIP in T0.
+        self.c.raw(&[0x48, 0x8d, 0x64, 0x24, 0x08]); // lea rsp, [rsp + 8]
+        self.c.lea(T0, Some(T0), None, -(next as i32));
+        self.c.store_cpu(T0, RIP_AT);
+        let here = std::mem::replace(&mut self.here, next - 1);
+        self.go(next);
+        self.here = here;
+        call
+    }
+
+    /// CALL to what lies `to` bytes from the page's beginning.
+    pub(super) fn call_relative(&mut self, op: &Op, to: i64, wanted: u32) {
+        let next = i64::from(op.off) + i64::from(op.len);
+        self.push_return(op, next);
+        if wanted != 0 {
+            self.save_flags();
+        }
+        if next < 4096 {
+            let call = self.pair(next);
+            self.c.land(call);
+        }
+        // The depth of pairs is bounded by this poll.
+        self.poll(to);
+        let here = std::mem::replace(&mut self.here, i64::MIN);
+        self.go(to);
+        self.here = here;
+    }
+
+    /// JMP to the address in a register or in memory.
+    pub(super) fn jump_indirect(&mut self, i: &Instruction, op: &Op) {
+        self.save_flags();
+        self.spare_flags();
+        self.target(i, op);
+        let wild = self.wild();
+        self.slow_path(wild, op, None);
+        self.go_indirect();
+    }
+
+    /// CALL of the address in a register or in memory.
+    pub(super) fn call_indirect(&mut self, i: &Instruction, op: &Op) {
+        self.save_flags();
+        self.spare_flags();
+        self.target(i, op);
+        let wild = self.wild();
+        self.slow_path(wild, op, None);
+        self.keep(T0);
+        let next = i64::from(op.off) + i64::from(op.len);
+        self.push_return(op, next);
+        if next < 4096 {
+            let call = self.pair(next);
+            self.c.land(call);
+        }
+        self.kept(T0);
+        self.go_indirect();
+    }
+
+    /// The operand of an indirect branch, into [`T0`].
+    fn target(&mut self, i: &Instruction, op: &Op) {
+        if i.op0_kind() == iced_x86::OpKind::Register {
+            let value = self.value(op.dst / 8, T0);
+            if value != T0 {
+                self.c.mov(T0, value);
+            }
+        } else {
+            let o = self.operand(op, Wanted::stack(false));
+            self.c.mem(0x8b, T0, o.at);
+            self.slow_path(o.miss, op, None);
+        }
+    }
+
+    /// RET.
+    pub(super) fn ret(&mut self, i: &Instruction, op: &Op) {
+        // What the caller wants is not known.
+        self.save_flags();
+        let (o, lost) = self.stack(SP, 0, false);
+        self.c.mem(0x8b, T0, o.at);
+        let more = if i.code() == I::Retnq_imm16 { i32::from(i.immediate16()) } else { 0 };
+        // cmp r13, [rsp + 8]
+        self.c.mem(0x3b, T0, Address { base: Some(super::asm::HOST_SP), index: None, disp: 8 });
+        let other = self.c.jcc(5);
+        self.c.lea(SP, Some(SP), None, 8 + more);
+        self.c.raw(&[0xc3]);
+        self.c.land(other);
+        // A non-canonical target faults here, not there.
+        let wild = self.wild();
+        self.c.lea(SP, Some(SP), None, 8 + more);
+        let (base, to) = (self.base, self.stubs.return_miss);
+        self.c.far(0xe9, base, to);
+        self.slow_path(o.miss, op, lost);
+        self.slow_path(wild, op, lost);
+    }
+}
+
+/// The context that a jump into a page is linked under: its offset in the `Cpu`.
+pub(super) fn context_at(global: bool) -> i32 {
+    if global { GLOBAL_CONTEXT } else { CONTEXT }
+}
