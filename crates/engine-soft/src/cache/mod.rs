@@ -78,6 +78,11 @@ impl Block {
         self.fresh()
     }
 
+    /// For a block that is one page-crossing instruction the second page's code word, and its value when the block was decoded.
+    pub fn second_stamp(&self) -> Option<(*const AtomicU32, u32)> {
+        self.second.as_ref().map(|(_, s)| (s.word, s.value))
+    }
+
     /// The page's code word, and its value when the block was decoded.
     pub fn stamp(&self) -> (*const AtomicU32, u32) {
         (self.stamp.word, self.stamp.value)

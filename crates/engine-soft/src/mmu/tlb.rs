@@ -277,6 +277,9 @@ pub struct Mmu {
 unsafe impl Send for Mmu {}
 
 impl Mmu {
+    /// Offset of the pointers to the two supervisor sets: [`mode::SUPERVISOR`], then [`mode::SUPERVISOR_USER`].
+    pub const SUPERVISOR_SETS: usize = std::mem::offset_of!(Mmu, supervisor);
+
     /// An empty TLB over `ram`, with `maxphyaddr` physical address bits.
     pub fn new(ram: RamMap, maxphyaddr: u32) -> Mmu {
         let slot = || Slot {

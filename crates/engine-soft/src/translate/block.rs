@@ -7,7 +7,7 @@ use super::control::Out;
 use super::flags::{self, ALL};
 use super::memory::{Operand, Wanted};
 use super::replay::{At, Producer};
-use super::stubs::{LIVE, PINNED, live, reg_at};
+use super::stubs::{CONTEXT, LIVE, PINNED, RIP_AT, live, reg_at};
 use super::{Link, Stubs, Translator};
 use crate::cache::Block;
 use crate::cpu::{CodeSize, Cpu, ZERO};
@@ -16,6 +16,7 @@ use crate::native;
 use iced_x86::{
     Code as I, Encoder, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register,
 };
+use std::sync::atomic::AtomicU32;
 
 /// Most host bytes that one guest instruction becomes, slow path included; blocks are not begun with less room than this for each op.
 const MOST_PER_OP: usize = 600;
@@ -76,9 +77,12 @@ impl Cpu {
     /// Translate `b`; false if that cannot be done (now).
     #[cold]
     pub(super) fn translate_block(&mut self, b: &Block) -> bool {
-        if self.mode.code != CodeSize::Bits64 || !b.one_page() {
+        if self.mode.code != CodeSize::Bits64 {
             b.heat.set(0);
             return false;
+        }
+        if !b.one_page() {
+            return self.translate_crossing(b);
         }
         let Some((slot, offset)) = self.mmu.ram.find(b.gpa) else { return false };
         let left = 0x1000 - (b.gpa & 0xfff) as usize;
@@ -112,40 +116,38 @@ impl Cpu {
                 _ => return false,
             }
         }
-        let Translator { memory, used, stubs, encoder, info, links, fast_pext, blocks, .. } = &mut **t;
-        let start = *used;
-        let emit = Emit {
-            c: Code::default(),
-            base: memory.address(start),
-            stubs,
-            encoder,
-            info,
-            links,
-            fast_pext: *fast_pext,
-            at: At::Memory,
-            producer: None,
-            fresh: false,
-            n: 0,
-            here: 0,
-            hows: Vec::new(),
-            wanted: Vec::new(),
-            uses: Vec::new(),
-            slow: Vec::new(),
-            outs: Vec::new(),
-            later: Vec::new(),
-            vectors: 0,
-            start,
-            page: b.gpa & !0xfff,
-        };
+        let emit = Emit::new(t, b);
         let look = |to: i64| match usize::try_from(to).ok().filter(|&at| at < 4096) {
             Some(at) => flags::wanted(&page[at..], self.mode, self.decode_options),
             None => ALL,
         };
         let code = emit.block(&b.ops, &instructions, look);
-        memory.write(start, &code);
-        *used = (start + code.len()).next_multiple_of(16);
-        *blocks += 1;
-        b.code.set(memory.address(start));
+        t.add(b, &code);
+        true
+    }
+
+    /// Translate a block that is one instruction across a page boundary: by the handler, if the second page is still what and where it was.
+    fn translate_crossing(&mut self, b: &Block) -> bool {
+        let context = self.cache.context;
+        let (Some(op), Some((word, value)), Some(t)) =
+            (b.ops.first(), b.second_stamp(), self.translator.as_mut())
+        else {
+            return false;
+        };
+        if t.memory.size() - t.used < 4 * MOST_PER_OP {
+            self.drop_translations();
+            return false;
+        }
+        let mut emit = Emit::new(t, b);
+        emit.here = op.off.into();
+        emit.hows = vec![How::Call];
+        emit.wanted = vec![ALL];
+        emit.guard_second(word, value, context);
+        emit.by_handler(op);
+        emit.go(i64::from(op.off) + i64::from(op.len));
+        emit.emit_outs();
+        let code = emit.c.bytes;
+        t.add(b, &code);
         true
     }
 
@@ -184,6 +186,79 @@ pub(super) fn in_width(n: u8, like: Register) -> Register {
     Register::try_from(base as usize + usize::from(n)).unwrap_or(Register::None)
 }
 
+impl Translator {
+    /// Code that goes by the jump table to what lies `to` bytes into the page; its address, if there is room.
+    pub(super) fn add_detour(&mut self, to: u64) -> Option<usize> {
+        let start = self.used;
+        if self.memory.size() - start < MOST_PER_OP {
+            return None;
+        }
+        let mut c = Code::default();
+        c.imm(T0, to as i64);
+        c.cpu(0x03, T0, RIP_AT);
+        c.far(0xe8, self.memory.address(start), self.stubs.look_up);
+        c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
+        self.memory.write(start, &c.bytes);
+        self.used = (start + c.at()).next_multiple_of(16);
+        Some(self.memory.address(start))
+    }
+
+    /// Put the code of `b` in force.
+    fn add(&mut self, b: &Block, code: &[u8]) {
+        let start = self.used;
+        self.memory.write(start, code);
+        self.used = (start + code.len()).next_multiple_of(16);
+        self.blocks += 1;
+        b.code.set(self.memory.address(start));
+    }
+}
+
+impl<'a> Emit<'a> {
+    fn new(t: &'a mut Translator, b: &Block) -> Emit<'a> {
+        let Translator { memory, used, stubs, encoder, info, links, fast_pext, .. } = t;
+        let start = *used;
+        Emit {
+            c: Code::default(),
+            base: memory.address(start),
+            stubs,
+            encoder,
+            info,
+            links,
+            fast_pext: *fast_pext,
+            at: At::Memory,
+            producer: None,
+            fresh: false,
+            n: 0,
+            here: 0,
+            hows: Vec::new(),
+            wanted: Vec::new(),
+            uses: Vec::new(),
+            slow: Vec::new(),
+            outs: Vec::new(),
+            later: Vec::new(),
+            vectors: 0,
+            start,
+            page: b.gpa & !0xfff,
+        }
+    }
+
+    /// Leave to the interpreter what lies [`Emit::here`] bytes into the page unless a code word has its value and a context is in force.
+    fn guard_second(&mut self, word: *const AtomicU32, value: u32, context: u64) {
+        self.c.imm64(T1, word as u64);
+        self.c.raw(&[0x41, 0x81, 0x3e]); // cmp dword [r14]
+        self.c.raw(&value.to_le_bytes());
+        let stale = self.c.jcc(5);
+        self.c.cpu32(&[0x81], 7, CONTEXT); // cmp dword [context]
+        self.c.raw(&(context as u32).to_le_bytes());
+        let same = self.c.jcc(4);
+        self.c.land(stale);
+        self.c.imm(T0, self.here);
+        let (base, to) = (self.base, self.stubs.interpret);
+        self.c.far(0xe9, base, to);
+        self.c.land(same);
+    }
+}
+
 impl Emit<'_> {
     /// A guest register's value: the host register that holds it, or `temp` after a load.
     pub(super) fn value(&mut self, guest: u8, temp: u8) -> u8 {
@@ -201,7 +276,7 @@ impl Emit<'_> {
     }
 
     /// The handler executes `op`, which finds and leaves the flags in memory.
-    fn by_handler(&mut self, op: *const Op) {
+    pub(super) fn by_handler(&mut self, op: *const Op) {
         self.save_flags();
         self.call(op);
         if self.hows[self.n + 1..].iter().any(|h| matches!(h, How::Vector { .. })) {
@@ -228,7 +303,7 @@ impl Emit<'_> {
     }
 
     /// For [`Emit::slow_path`]: what gives the flags, if they are lost.
-    fn lost(&self) -> Option<Producer> {
+    pub(super) fn lost(&self) -> Option<Producer> {
         self.producer.filter(|_| self.at == At::Lost)
     }
 
@@ -379,6 +454,11 @@ impl Emit<'_> {
                 self.slow_path(o.miss, op, lost);
             }
             How::Divide => self.divide(i, op),
+            How::DisableInterrupts
+            | How::EnableInterrupts
+            | How::SwapGs
+            | How::UserAccess(_)
+            | How::PushFlags => self.system(how, op, self.n + 1 == self.hows.len()),
             How::Jump => {
                 if wanted != 0 {
                     self.save_flags();
@@ -624,6 +704,11 @@ fn wanted_after(
                 | How::JumpIndirect
                 | How::CallIndirect
                 | How::Return
+                | How::DisableInterrupts
+                | How::EnableInterrupts
+                | How::SwapGs
+                | How::UserAccess(_)
+                | How::PushFlags
         );
         if touches_memory || may_fault {
             live = ALL;

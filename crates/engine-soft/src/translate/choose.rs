@@ -37,6 +37,16 @@ pub enum How {
     CallIndirect,
     /// A near return.
     Return,
+    /// CLI.
+    DisableInterrupts,
+    /// STI.
+    EnableInterrupts,
+    /// SWAPGS.
+    SwapGs,
+    /// STAC (true) or CLAC.
+    UserAccess(bool),
+    /// PUSHF of 64 bits.
+    PushFlags,
     /// As [`How::Same`], on vector registers, which live in the host's.
     Vector {
         /// Alignment that its memory operand must have.
@@ -67,6 +77,12 @@ pub fn how(i: &Instruction, op: &Op) -> How {
         I::Jmp_rel8_64 | I::Jmp_rel32_64 => return How::Jump,
         I::Call_rel32_64 => return How::CallRelative,
         I::Retnq | I::Retnq_imm16 => return How::Return,
+        I::Cli => return How::DisableInterrupts,
+        I::Sti => return How::EnableInterrupts,
+        I::Swapgs => return How::SwapGs,
+        I::Stac => return How::UserAccess(true),
+        I::Clac => return How::UserAccess(false),
+        I::Pushfq => return How::PushFlags,
         I::Jmp_rm64 if plain_memory => return How::JumpIndirect,
         I::Call_rm64 if plain_memory => return How::CallIndirect,
         I::Lea_r64_m | I::Lea_r32_m if op.flags & (ADDR16 | ADDR32) == 0 => return How::Lea,

@@ -18,10 +18,11 @@ mod gs;
 mod memory;
 mod replay;
 mod stubs;
+mod system;
 
 use crate::cache::Block;
 use crate::codemem::CodeMemory;
-use crate::cpu::{Cpu, RIP};
+use crate::cpu::{Activity, Cpu, RIP};
 use crate::decode::{Flow, Op};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::AtomicU32;
@@ -56,6 +57,8 @@ mod exit {
     pub const PANIC: u64 = 6;
     /// The block at `regs[RIP]` cannot execute as translated: the interpreter is to do it.
     pub const INTERPRET: u64 = 7;
+    /// Not a way out: an op has ended the block, `regs[RIP]` is the next one's, and translated code may go on there.
+    pub const RESUME: u64 = 8;
 }
 
 /// Names of the exits, for statistics.
@@ -213,7 +216,12 @@ extern "C" fn call_op(cpu: *mut Cpu, op: *const Op) -> u32 {
     cpu.block_end = op;
     let code = match catch_unwind(AssertUnwindSafe(|| (op.run)(cpu, op))) {
         Ok(Ok(Flow::Next)) if !cpu.block_end.is_null() => 0,
+        Ok(Ok(Flow::Next | Flow::EndBlock)) if cpu.may_resume() => {
+            cpu.regs[usize::from(RIP)] = cpu.next_ip(op);
+            exit::RESUME
+        }
         Ok(Ok(Flow::Next | Flow::EndBlock)) => exit::ADVANCE,
+        Ok(Ok(Flow::Branch)) if cpu.may_resume() => exit::RESUME,
         Ok(Ok(Flow::Branch)) => exit::BRANCH,
         Ok(Err(_)) => exit::TRAP,
         Err(panic) => {
@@ -243,6 +251,11 @@ impl Cpu {
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
         if std::mem::take(&mut self.hot.interpret) {
+            if !b.one_page() {
+                // Its guard is out of date; the block is not, as it has just been found.
+                b.code.set(0);
+                b.heat.set(0);
+            }
             return None;
         }
         if b.code.get() == 0 {
@@ -272,6 +285,20 @@ impl Cpu {
             }
         }
         self.hot.allowed = allowed;
+    }
+
+    /// Whether translated code may go on after an instruction that ended its block. What requests want comes to light at the look-up.
+    #[inline]
+    fn may_resume(&mut self) -> bool {
+        let may = self.code64()
+            && self.activity == Activity::Running
+            && !self.step_by_step()
+            && !self.debugged()
+            && self.translator.is_some();
+        if may {
+            self.update_vectors();
+        }
+        may
     }
 
     #[inline]
@@ -341,8 +368,16 @@ impl Cpu {
         let global = context == self.mmu.global_context;
         let Some(t) = self.translator.as_mut() else { return };
         let Some(&link) = t.links.get(number) else { return };
-        let distance =
-            |from: usize| (b.code.get().wrapping_sub(t.memory.address(from + 4)) as u32).to_le_bytes();
+        let to = if b.one_page() {
+            b.code.get()
+        } else {
+            // Its code is made anew whenever its second page lies elsewhere: always by the jump table.
+            match t.add_detour(b.first()) {
+                Some(to) if link.page.is_some() => to,
+                _ => return,
+            }
+        };
+        let distance = |from: usize| (to.wrapping_sub(t.memory.address(from + 4)) as u32).to_le_bytes();
         match link.page {
             Some(page) => {
                 // The page may be mapped elsewhere now, without the guest having said so.

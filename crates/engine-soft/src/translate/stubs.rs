@@ -78,6 +78,8 @@ pub struct Stubs {
     pub poll: usize,
     /// Leave with [`exit::LINK`] and the value of [`T1`]; RIP is [`T0`] bytes from the page's.
     pub link: usize,
+    /// Leave with [`exit::INTERPRET`]; RIP is [`T0`] bytes from the page's.
+    pub interpret: usize,
     /// Find the code for the guest address in [`T0`]: its address in [`T1`], RIP set to the page. To be called.
     pub look_up: usize,
     /// Go to the block at the guest address in [`T0`], to which a RET led that no host RET serves.
@@ -195,7 +197,7 @@ impl Stubs {
         let poll_absolute = simple(&mut c, exit::POLL, false) - base;
         let miss = simple(&mut c, exit::LOOK_UP, false) - base;
         let link = simple(&mut c, exit::LINK, true);
-        let interpret = simple(&mut c, exit::INTERPRET, true) - base;
+        let interpret = simple(&mut c, exit::INTERPRET, true);
 
         let call = base + c.at();
         spill(&mut c);
@@ -211,10 +213,20 @@ impl Stubs {
         reload(&mut c);
         c.raw(&[0xc3]);
         c.land(stop);
+        c.raw(&[0x83, 0xf8, exit::RESUME as u8]); // cmp eax
+        let resume = c.jcc(4);
         c.mov(2, T0);
         let hole = c.jmp();
         c.fill(hole, leave);
+        // On by the jump table. The mapping may have changed, so nothing on the stack counts.
+        c.land(resume);
+        c.load_cpu(HOST_SP, BASE);
+        reload(&mut c);
+        c.load_cpu(T0, RIP_AT);
+        let onward = c.call();
+        c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
 
+        c.fill(onward, c.at());
         let look_up = base + c.at();
         c.decrement_cpu(BUDGET);
         let exhausted = c.jcc(8);
@@ -299,12 +311,12 @@ impl Stubs {
         c.land(refused);
         c.raw(&[0x41, 0xc1, 0xed, 0x10]); // shr r13d, 16: the offset
         let hole = c.jmp();
-        c.fill(hole, interpret);
+        c.fill(hole, interpret - base);
 
         c.bytes[no_return..no_return + 8].copy_from_slice(&lowest_pair.to_le_bytes());
         memory.write(0, &c.bytes);
         let end = c.at().next_multiple_of(64);
-        Stubs { enter, poll, link, look_up, return_miss, call, vectors: vectors_at, end }
+        Stubs { enter, poll, link, interpret, look_up, return_miss, call, vectors: vectors_at, end }
     }
 }
 

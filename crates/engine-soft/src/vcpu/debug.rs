@@ -82,7 +82,7 @@ impl Cpu {
 
     /// Whether a debugger wants something.
     #[inline]
-    pub(super) fn debugged(&self) -> bool {
+    pub(crate) fn debugged(&self) -> bool {
         self.debugger.active
     }
 

@@ -37,7 +37,7 @@ impl Cpu {
 
     /// Whether something must happen between instructions: after STI or MOV SS, while stepping or watching.
     #[inline(always)]
-    fn step_by_step(&self) -> bool {
+    pub(crate) fn step_by_step(&self) -> bool {
         (self.shadow != Shadow::None) | (self.sys_flags & (TF | RF) != 0) | self.debug_armed()
     }
 
