@@ -67,7 +67,7 @@ impl RestoreArgs {
         match self.prepare() {
             Ok((saved, save)) => {
                 let config = saved.config.clone();
-                run::start(&config, Options { save, restore: Some(saved) })
+                run::start(&config, Options { save, restore: Some(saved), ..Options::default() })
             }
             Err(e) => exit::usage(&e.to_string()),
         }

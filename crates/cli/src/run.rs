@@ -64,6 +64,12 @@ pub struct RunArgs {
     /// Where Ctrl-A s and signal USR1 save the machine, for `ringfort restore`; by default NAME.rfstate in this folder
     #[arg(long, value_name = "FILE[,compress=zstd|none]")]
     save: Option<SaveTarget>,
+    /// Write the engine's counters to this file at the end, as JSON (`-`: to standard error)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    stats: Option<PathBuf>,
+    /// Tell Linux perf where translated code lies (/tmp/perf-PID.map), for `perf record` and `perf report`
+    #[arg(long)]
+    jit_perf_map: bool,
 }
 
 const AFTER: &str = "\
@@ -121,12 +127,12 @@ impl RunArgs {
         if self.cpu == "help" {
             return cpu_help();
         }
-        let save = self.save.clone();
+        let (save, stats, jit_perf_map) = (self.save.clone(), self.stats.clone(), self.jit_perf_map);
         let config = match self.config() {
             Ok(c) => c,
             Err(message) => return exit::usage(&message),
         };
-        start(&config, Options { save, ..Options::default() })
+        start(&config, Options { save, stats, jit_perf_map, ..Options::default() })
     }
 
     fn config(self) -> Result<VmConfig, String> {

@@ -1,4 +1,4 @@
-//! Memory for generated code: one memfd mapped twice, writable (never executable) and executable (never writable).
+//! Memory for generated code: the same pages mapped twice, writable (never executable) and executable (never writable).
 
 use std::io;
 
@@ -18,25 +18,23 @@ impl CodeMemory {
     /// # Errors
     /// The host's.
     pub fn new(size: usize) -> io::Result<CodeMemory> {
-        // SAFETY: plain system calls; the name is NUL-terminated, and failed mappings are undone.
+        let failed = |p: *mut libc::c_void| p == libc::MAP_FAILED;
+        // SAFETY: plain system calls on mappings of this function's own; what failed is undone.
         unsafe {
-            let fd = libc::memfd_create(c"ringfort-code".as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
+            let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+            let w = libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            if failed(w) {
                 return Err(io::Error::last_os_error());
             }
-            let map = |prot| libc::mmap(std::ptr::null_mut(), size, prot, libc::MAP_SHARED, fd, 0);
-            let sized = libc::ftruncate(fd, size as libc::off_t);
-            let w = map(libc::PROT_READ | libc::PROT_WRITE);
-            let x = map(libc::PROT_READ | libc::PROT_EXEC);
-            let error = io::Error::last_os_error();
-            libc::close(fd);
-            if sized == 0 && w != libc::MAP_FAILED && x != libc::MAP_FAILED {
+            // A length of 0 maps a shared mapping's pages once more (mremap(2)). Linux perf takes such memory for a JIT's.
+            let x = libc::mremap(w, 0, size, libc::MREMAP_MAYMOVE);
+            if !failed(x) && libc::mprotect(x, size, libc::PROT_READ | libc::PROT_EXEC) == 0 {
                 return Ok(CodeMemory { writable: w.cast(), executable: x.cast(), size });
             }
-            for p in [w, x] {
-                if p != libc::MAP_FAILED {
-                    libc::munmap(p, size);
-                }
+            let error = io::Error::last_os_error();
+            libc::munmap(w, size);
+            if !failed(x) {
+                libc::munmap(x, size);
             }
             Err(error)
         }

@@ -9,6 +9,7 @@
 //! - [`native`]: SIMD and x87 instructions, executed by the host's own CPU on the guest's register values.
 //! - [`cache`]: blocks of decoded ops by guest physical address, and how writes to code invalidate them.
 //! - [`translate`]: hot 64-bit blocks as host code.
+//! - [`perf_map`]: where translations lie, for Linux perf.
 //! - [`apic`]: the local APIC and its timer.
 //! - [`vcpu`]: the run loop, and the engine seam's `Hypervisor`, `Vm` and `Vcpu`.
 //!
@@ -23,6 +24,7 @@ pub mod decode;
 pub mod interp;
 pub mod mmu;
 pub mod native;
+pub mod perf_map;
 #[doc(hidden)]
 pub mod testing;
 pub mod translate;

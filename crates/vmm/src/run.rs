@@ -13,8 +13,8 @@ use ringfort_base::signals::SignalFd;
 use ringfort_base::{EventLoop, Handle, Interest, RawTerminal};
 use ringfort_devices::power::{PowerEvent, PowerSink};
 use std::collections::VecDeque;
-use std::io;
-use std::path::PathBuf;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -96,6 +96,10 @@ pub struct Options {
     pub save: Option<SaveTarget>,
     /// Go on with a saved machine instead of starting one. The configuration is [`Saved::config`].
     pub restore: Option<Saved>,
+    /// Write the engine's counters here at the end, as JSON; `-` is standard error.
+    pub stats: Option<PathBuf>,
+    /// Let the software engine tell Linux perf where its translations lie.
+    pub jit_perf_map: bool,
 }
 
 /// Build the machine, run it to its end.
@@ -131,7 +135,10 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     // Said once the machine stands, so that a mistake is told alone.
     let mut remarks = Vec::new();
     let mut remark = |line: &str| remarks.push(line.to_owned());
-    let Options { save, mut restore } = options;
+    let Options { save, mut restore, stats, jit_perf_map } = options;
+    if jit_perf_map {
+        ringfort_engine_soft::perf_map::enable().map_err(host("making the perf map"))?;
+    }
     if let Some(target) = &save {
         target.check()?;
     }
@@ -183,6 +190,9 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                 Next::Continue => act(halt.again(), &machine, ui, end),
                 Next::End(outcome) => {
                     machine.pause();
+                    if let Some(path) = &stats {
+                        write_statistics(&machine, path)?;
+                    }
                     return Ok(outcome);
                 }
                 Next::Fail(e) => {
@@ -221,6 +231,18 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
             }
         }
     }
+}
+
+/// The counters of the machine's engine, as JSON.
+fn write_statistics(machine: &Machine, path: &Path) -> Result<(), VmmError> {
+    let counters: serde_json::Map<String, serde_json::Value> =
+        machine.vm.statistics().into_iter().map(|(name, n)| (name, n.into())).collect();
+    let text = format!("{:#}\n", serde_json::Value::Object(counters));
+    let written = match path.to_str() {
+        Some("-") => io::stderr().write_all(text.as_bytes()),
+        _ => std::fs::write(path, text),
+    };
+    written.map_err(|source| VmmError::Host { what: "writing the statistics", source })
 }
 
 /// Do what a disk's trouble asks for.

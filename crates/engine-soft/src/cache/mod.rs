@@ -9,7 +9,7 @@ pub use sync::CodeSync;
 
 use crate::cpu::{Cpu, Trap};
 use crate::decode::{self, Fetched, Mode, Op, op_flags};
-use crate::mmu::{Access, Mapping};
+use crate::mmu::{Access, Fetch, Mapping};
 use ringfort_memory::{PAGE_SHIFT, PageTracker};
 use ringfort_x86::segment::{CS, DS, ES, SS};
 use std::cell::Cell;
@@ -21,9 +21,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Most ops in a block.
 const MAX_OPS: usize = 48;
 /// Entries of the jump cache.
-const JUMPS: usize = 16384;
+const JUMPS: usize = 32768;
 /// Ops held before the cache is emptied.
-const CAPACITY: usize = 400_000;
+const CAPACITY: usize = 1_000_000;
 
 /// The state of one page's code when a block was decoded from it.
 #[derive(Clone, Copy)]
@@ -218,11 +218,12 @@ impl Cpu {
                 return Ok(j.block);
             }
         }
-        let (block, global) = self.look_up_block(lin, rip, single)?;
+        let (block, from) = self.look_up_block(lin, rip, single)?;
+        let global = from.global;
         self.cache.context = self.code_context(global);
         if !single && self.cache.transient.as_deref().is_none_or(|t| !ptr::eq(t, block)) {
             let context = self.code_context(global) << 8 | self.mode_key;
-            self.mmu.note_fetched(lin, global);
+            self.mmu.note_fetched(lin, &from);
             self.cache.jumps[slot] = Jump { rip: lin, context, block };
         }
         Ok(block)
@@ -240,9 +241,9 @@ impl Cpu {
             || context == self.mmu.global_context << 8 | self.mode_key
     }
 
-    /// The block, and whether its (first) page is global.
+    /// The block, and where it lies (as if not in a global page, if it lies in two pages).
     #[cold]
-    fn look_up_block(&mut self, lin: u64, rip: u64, single: bool) -> Result<(*const Block, bool), Trap> {
+    fn look_up_block(&mut self, lin: u64, rip: u64, single: bool) -> Result<(*const Block, Fetch), Trap> {
         if self.code64() {
             if (rip << 16) as i64 >> 16 != rip as i64 {
                 return Err(self.gp(0));
@@ -250,22 +251,25 @@ impl Cpu {
         } else if rip > u64::from(self.seg[CS].limit) {
             return Err(self.gp(0));
         }
-        let (gpa, global) = self.fetch_translate(lin)?;
+        let mut from = self.fetch_translate(lin)?;
+        let gpa = from.gpa;
         if single {
-            return Ok((self.decode_block(lin, rip, gpa, 1, true)?, global));
+            return Ok((self.decode_block(lin, rip, gpa, 1, true)?, from));
         }
         let key = gpa << 8 | self.mode_key;
         if let Some(b) = self.cache.blocks.get(&key) {
             let block: *const Block = &raw const **b;
             if b.fresh() && (self.code64() || rip + u64::from(b.bytes) <= u64::from(self.seg[CS].limit) + 1) {
                 match b.second {
-                    None => return Ok((block, global)),
+                    None => return Ok((block, from)),
                     // The page that follows by linear address may be another one now.
                     Some((second, _)) => {
                         let next = (lin | 0xfff).wrapping_add(1);
-                        if self.fetch_translate(next)?.0 == second {
-                            self.mmu.note_fetched(next, false);
-                            return Ok((block, false));
+                        let tail = self.fetch_translate(next)?;
+                        if tail.gpa == second {
+                            self.mmu.note_fetched(next, &Fetch { global: false, ..tail });
+                            from.global = false;
+                            return Ok((block, from));
                         }
                     }
                 }
@@ -273,12 +277,12 @@ impl Cpu {
         }
         let block = self.decode_block(lin, rip, gpa, MAX_OPS, false)?;
         // SAFETY: just decoded, and kept.
-        let crosses = unsafe { &*block }.second.is_some();
-        Ok((block, global && !crosses))
+        from.global &= unsafe { &*block }.second.is_none();
+        Ok((block, from))
     }
 
-    /// Translate a fetch at `lin`; also whether its page is global.
-    pub(crate) fn fetch_translate(&mut self, lin: u64) -> Result<(u64, bool), Trap> {
+    /// Translate a fetch at `lin`.
+    pub(crate) fn fetch_translate(&mut self, lin: u64) -> Result<Fetch, Trap> {
         if let Some(hit) = self.mmu.fetch_hit(lin) {
             return Ok(hit);
         }
@@ -291,7 +295,7 @@ impl Cpu {
             let mapping = Mapping { gpa: t.gpa, host, write: false, fetch: true, large, global };
             self.mmu.insert_fetch(lin, &mapping);
         }
-        Ok((t.gpa, t.global))
+        Ok(Fetch { gpa: t.gpa, global: t.global, large: t.large.is_some() })
     }
 
     /// Decode up to `most` instructions at `gpa`.
@@ -373,8 +377,9 @@ impl Cpu {
         let next_lin = (lin | 0xfff).wrapping_add(1);
         let next_lin = if self.long_mode() { next_lin } else { next_lin & 0xffff_ffff };
         // A block of two pages is remembered as if they were not global.
-        let (next, _) = self.fetch_translate(next_lin)?;
-        self.mmu.note_fetched(next_lin, false);
+        let tail = self.fetch_translate(next_lin)?;
+        self.mmu.note_fetched(next_lin, &Fetch { global: false, ..tail });
+        let next = tail.gpa;
         let found = self.mmu.ram.find(next).map(|(s, off)| (s.host, off, s.tracker.clone()));
         let mut buf = [0u8; 30];
         buf[..head.len()].copy_from_slice(head);
@@ -413,7 +418,7 @@ impl Cpu {
         if here < 15 && (here as u64) < limit {
             let mut d = decode::decoder(&buf[..here], 0, self.mode, self.decode_options);
             if matches!(decode::next(&mut d), Fetched::Incomplete) {
-                let (next, _) = self.fetch_translate((lin | 0xfff).wrapping_add(1))?;
+                let next = self.fetch_translate((lin | 0xfff).wrapping_add(1))?.gpa;
                 have = (limit.min(15)) as usize;
                 for (n, b) in buf[here..have].iter_mut().enumerate() {
                     match self.mmu.ram.host(next + n as u64) {

@@ -8,5 +8,5 @@ mod slow;
 mod tlb;
 mod walk;
 
-pub use tlb::{INDEX_MASK, Mapping, Mmu, TlbSet, mode};
+pub use tlb::{Fetch, INDEX_MASK, Mapping, Mmu, TlbSet, mode};
 pub use walk::{Access, Translation};

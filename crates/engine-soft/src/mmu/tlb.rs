@@ -47,6 +47,17 @@ pub struct Mapping {
     pub global: bool,
 }
 
+/// Where code lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Fetch {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// The page is the same in all address spaces.
+    pub global: bool,
+    /// It is larger than 4 KiB.
+    pub large: bool,
+}
+
 /// The entries of one access mode: arrays, as generated code addresses them by index. A tag is the page's linear address when the access is
 /// allowed without further ado, else [`NO_PAGE`].
 #[repr(C, align(64))]
@@ -65,10 +76,10 @@ pub struct TlbSet {
     touched: [u64; WORDS],
     /// Entries that may hold something which is not global.
     local: [u64; WORDS],
-    /// 2 MiB regions (by number modulo 4,096) of which an entry may come from a large page.
-    large: [u64; 64],
-    /// The same for 1 GiB regions, modulo 64.
-    huge: u64,
+    /// Entries that come from large pages.
+    large: [u64; WORDS],
+    /// Some entry may come from a page of 1 GiB.
+    huge: bool,
 }
 
 fn bit(words: &[u64], n: usize) -> bool {
@@ -122,8 +133,8 @@ impl TlbSet {
         TlbSet::each(&touched, |i| self.empty(i));
         self.touched = [0; WORDS];
         self.local = [0; WORDS];
-        self.large = [0; 64];
-        self.huge = 0;
+        self.large = [0; WORDS];
+        self.huge = false;
     }
 
     /// Drop what is not global.
@@ -139,17 +150,23 @@ impl TlbSet {
         if self.page(index) == lin & !0xfff {
             self.empty(index);
         }
-        let huge = self.huge >> (lin >> 30 & 63) & 1 != 0;
-        if huge || bit(&self.large, (lin >> 21) as usize) {
-            // 4 MiB pages lie in two regions of 2 MiB.
-            let shift = if huge { 30 } else { 22 };
-            let touched = self.touched;
-            TlbSet::each(&touched, |i| {
+        // The entries of 4 MiB (the largest page below 1 GiB) lie side by side.
+        let (words, shift) = if self.huge {
+            (0..WORDS, 30)
+        } else {
+            let first = (index & !1023) / 64;
+            (first..first + 16, 22)
+        };
+        for w in words {
+            let mut bits = self.large[w];
+            while bits != 0 {
+                let i = w * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
                 let page = self.page(i);
                 if page != NO_PAGE && page >> shift == lin >> shift {
                     self.empty(i);
                 }
-            });
+            }
         }
     }
 
@@ -172,15 +189,11 @@ impl TlbSet {
     fn insert(&mut self, lin: u64, m: &Mapping, data: bool) {
         let page = lin & !0xfff;
         let index = (lin >> 12) as usize % TLB_ENTRIES;
-        match m.large {
-            Some(size) if size > 4 << 20 => self.huge |= 1 << (lin >> 30 & 63),
-            Some(size) => {
-                let first = (lin & !(size - 1)) >> 21;
-                for n in first..=first + (size - 1 >> 21) {
-                    set_bit(&mut self.large, n as usize);
-                }
-            }
-            None => {}
+        self.huge |= m.large.is_some_and(|size| size > 4 << 20);
+        if m.large.is_some() {
+            set_bit(&mut self.large, index);
+        } else {
+            self.large[index / 64] &= !(1 << (index % 64));
         }
         // The permissions of another access to the same page stay; those of another page go.
         if self.page(index) != page {
@@ -206,23 +219,44 @@ impl TlbSet {
     }
 }
 
-/// Which pages code was fetched from, roughly: by page number modulo 4,096.
-#[derive(Clone)]
-struct Fetched([u64; 64]);
+/// Where code was fetched from.
+struct Fetched {
+    /// 4 KiB pages, roughly: by a hash.
+    pages: [u64; 256],
+    /// 1 GiB regions with code in large pages; a region not among them has none, unless there are more than these.
+    large: Vec<u64>,
+}
+
+/// Regions remembered.
+const MOST_LARGE: usize = 8;
 
 impl Fetched {
-    fn note(&mut self, lin: u64) {
-        set_bit(&mut self.0, (lin >> 12) as usize);
+    fn new() -> Fetched {
+        Fetched { pages: [0; 256], large: Vec::new() }
     }
+
+    fn hash(lin: u64) -> usize {
+        ((lin >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50) as usize
+    }
+
+    fn note(&mut self, lin: u64, large: bool) {
+        if !large {
+            set_bit(&mut self.pages, Fetched::hash(lin));
+        } else if self.large.len() <= MOST_LARGE && !self.large.contains(&(lin >> 30)) {
+            self.large.push(lin >> 30);
+        }
+    }
+
+    /// Whether code may have been fetched from `lin`'s page.
     fn holds(&self, lin: u64) -> bool {
-        bit(&self.0, (lin >> 12) as usize)
+        bit(&self.pages, Fetched::hash(lin))
+            || self.large.len() > MOST_LARGE
+            || self.large.contains(&(lin >> 30))
     }
-    /// Whether any page of the 1 GiB around `lin` may be among them, cheaply.
-    fn any(&self) -> bool {
-        self.0.iter().any(|&w| w != 0)
-    }
+
     fn clear(&mut self) {
-        self.0 = [0; 64];
+        self.pages.fill(0);
+        self.large.clear();
     }
 }
 
@@ -282,14 +316,8 @@ impl Mmu {
 
     /// An empty TLB over `ram`, with `maxphyaddr` physical address bits.
     pub fn new(ram: RamMap, maxphyaddr: u32) -> Mmu {
-        let slot = || Slot {
-            pcid: 0,
-            live: false,
-            used: 0,
-            epoch: 0,
-            fetched: Fetched([0; 64]),
-            user: TlbSet::new(),
-        };
+        let slot =
+            || Slot { pcid: 0, live: false, used: 0, epoch: 0, fetched: Fetched::new(), user: TlbSet::new() };
         let mut m = Mmu {
             tlb: std::ptr::null_mut(),
             context: 0,
@@ -299,7 +327,7 @@ impl Mmu {
             slots: (0..SLOTS).map(|_| slot()).collect(),
             supervisor: [TlbSet::new(), TlbSet::new()],
             global_epoch: 0,
-            global_fetched: Fetched([0; 64]),
+            global_fetched: Fetched::new(),
             ram,
             reserved_addr: !((1u64 << maxphyaddr.clamp(32, 52)) - 1) & 0x000f_ffff_ffff_ffff,
             watched: [NO_PAGE; 8],
@@ -382,28 +410,20 @@ impl Mmu {
 
     /// Drop the translations of `lin`'s page, in every address space.
     pub fn flush_page(&mut self, lin: u64) {
-        let mut large = false;
-        for i in 0..SLOTS {
-            let s = &mut self.slots[i];
-            if !s.live {
-                continue;
-            }
-            large |= bit(&s.user.large, (lin >> 21) as usize) || s.user.huge != 0;
+        for s in self.slots.iter_mut().filter(|s| s.live) {
             s.user.drop_page(lin);
         }
         for set in &mut self.supervisor {
-            large |= bit(&set.large, (lin >> 21) as usize) || set.huge >> (lin >> 30 & 63) & 1 != 0;
             set.drop_page(lin);
         }
         // Jump caches remember where code lay also after its entry was evicted: they go by the epoch.
         for i in 0..SLOTS {
-            let f = &self.slots[i].fetched;
-            if self.slots[i].live && (f.holds(lin) || large && f.any()) {
+            if self.slots[i].live && self.slots[i].fetched.holds(lin) {
                 self.slots[i].epoch = self.new_epoch();
                 self.slots[i].fetched.clear();
             }
         }
-        if self.global_fetched.holds(lin) || large && self.global_fetched.any() {
+        if self.global_fetched.holds(lin) {
             self.global_epoch = self.new_epoch();
             self.global_fetched.clear();
         }
@@ -491,12 +511,16 @@ impl Mmu {
         if self.access_mode == mode::USER { mode::USER } else { mode::SUPERVISOR }
     }
 
-    /// The physical address of a fetch at `lin`, if the TLB has it, and whether the page is global.
+    /// The physical address of a fetch at `lin`, if the TLB has it.
     #[inline]
-    pub fn fetch_hit(&self, lin: u64) -> Option<(u64, bool)> {
+    pub fn fetch_hit(&self, lin: u64) -> Option<Fetch> {
         let index = (lin >> 12) as usize % TLB_ENTRIES;
         let set = self.set(self.fetch_mode());
-        (set.fetch[index] == lin & !0xfff).then(|| (set.gpa[index] | lin & 0xfff, !bit(&set.local, index)))
+        (set.fetch[index] == lin & !0xfff).then(|| Fetch {
+            gpa: set.gpa[index] | lin & 0xfff,
+            global: !bit(&set.local, index),
+            large: bit(&set.large, index),
+        })
     }
 
     /// Enter a translation that was made for a fetch: it says nothing about loads and stores.
@@ -505,13 +529,10 @@ impl Mmu {
         self.set_mut(m).insert(lin, mapping, false);
     }
 
-    /// Where code lies is going to be remembered under [`Mmu::context`] (or [`Mmu::global_context`], if `global`).
+    /// Where code lies is going to be remembered under [`Mmu::context`], or [`Mmu::global_context`] if the page is global.
     #[inline]
-    pub fn note_fetched(&mut self, lin: u64, global: bool) {
-        if global {
-            self.global_fetched.note(lin);
-        } else {
-            self.slots[self.slot].fetched.note(lin);
-        }
+    pub fn note_fetched(&mut self, lin: u64, from: &Fetch) {
+        let fetched = if from.global { &mut self.global_fetched } else { &mut self.slots[self.slot].fetched };
+        fetched.note(lin, from.large);
     }
 }

@@ -210,6 +210,9 @@ impl Translator {
         self.used = (start + code.len()).next_multiple_of(16);
         self.blocks += 1;
         b.code.set(self.memory.address(start));
+        crate::perf_map::note(self.memory.address(start), code.len(), || {
+            format!("guest {:#x}+{:#x}", b.gpa, b.bytes)
+        });
     }
 }
 

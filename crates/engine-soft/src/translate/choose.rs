@@ -107,6 +107,7 @@ pub fn how(i: &Instruction, op: &Op) -> How {
     }
     let same = match i.mnemonic() {
         M::Nop
+        | M::Reservednop
         | M::Endbr64
         | M::Endbr32
         | M::Prefetcht0

@@ -29,7 +29,7 @@ use std::sync::atomic::AtomicU32;
 use stubs::Stubs;
 
 /// Bytes of code memory of one vCPU. When they are used up, all translations are dropped.
-const CODE_SIZE: usize = 24 << 20;
+const CODE_SIZE: usize = 64 << 20;
 /// Executions of a block by the interpreter before it is translated. Small guests of unit tests are to be translated too.
 const HOT: u32 = if cfg!(test) { 2 } else { 24 };
 /// Blocks that run before the loop looks at the clock.
@@ -37,7 +37,7 @@ const BUDGET: i32 = 2048;
 /// Failing guards before a jump is linked anew.
 const RELINK: i32 = 64;
 /// Entries of the jump table.
-pub(super) const JUMPS: usize = 4096;
+pub(super) const JUMPS: usize = 16384;
 
 /// Why translated code came back.
 mod exit {
@@ -250,7 +250,7 @@ impl Cpu {
     pub(crate) fn run_translated(&mut self, block: *const Block) -> Option<After> {
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
-        if std::mem::take(&mut self.hot.interpret) {
+        if std::mem::take(&mut self.hot.interpret) && (b.one_page() || b.code.get() != 0) {
             if !b.one_page() {
                 // Its guard is out of date; the block is not, as it has just been found.
                 b.code.set(0);
