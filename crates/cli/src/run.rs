@@ -86,6 +86,7 @@ Networks (--net):
            hostfwd=tcp|udp:[ADDR]:PORT-[ADDR]:PORT   a port of the host leads into the guest; may be repeated
            restrict=on           nothing but those ports leads in or out
            host-loopback=on      10.0.2.2 leads to the host's own loopback;  hostalias=ADDR does so at ADDR
+           nameserver=ADDR[:PORT]   asked instead of the host's name servers; may be repeated
            net=CIDR  host=ADDR  dns=ADDR  dhcpstart=ADDR  ipv6=off  ipv6-prefix=PREFIX::/64
            hostname=NAME  domainname=NAME  dnssearch=NAME (may be repeated)
            tftp=FOLDER  bootfile=NAME   for guests that boot from the network

@@ -150,6 +150,10 @@ pub enum Sent {
 pub trait NetEvents: Send + Sync {
     /// [`NetBackend::receive`] may have a frame for this pair.
     fn readable(&self, pair: u16);
+    /// As [`readable`](Self::readable), from a thread that holds no lock and has time: the device may take the frames on it.
+    fn take_now(&self, pair: u16) {
+        self.readable(pair);
+    }
     /// [`NetBackend::send`] may have room again.
     fn writable(&self, pair: u16);
     /// The cable was plugged in or pulled.

@@ -76,6 +76,7 @@ impl Machine {
         trouble: &OnTrouble,
         say: &mut dyn FnMut(&str),
     ) -> Result<Machine, VmmError> {
+        let config = &with_addresses(config);
         let engine = crate::engine::open(config, say)?;
         let mut cpus = describe_cpus(config, engine.as_ref(), say)?;
         let offered = engine.capabilities();
@@ -321,6 +322,15 @@ fn place(vcpus: &Vcpus, placement: &Placement) -> Result<(), VmmError> {
         ));
     }
     Ok(())
+}
+
+/// The configuration with the addresses of all network cards in it, so that a saved machine keeps them.
+fn with_addresses(config: &VmConfig) -> VmConfig {
+    let mut config = config.clone();
+    for (n, nic) in config.nets.iter_mut().enumerate() {
+        nic.mac = Some(nic.address(&config.name, n));
+    }
+    config
 }
 
 /// A random UUID (RFC 9562 section 5.4).

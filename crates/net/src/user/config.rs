@@ -26,6 +26,8 @@ pub struct UserConfig {
     pub gateway: Ipv4Addr,
     /// The address at which the guest finds a DNS server.
     pub dns: Ipv4Addr,
+    /// The name servers that are asked, by turns when one does not answer; the host's if there is none.
+    pub nameservers: Vec<SocketAddr>,
     /// The address that DHCP gives.
     pub guest: Ipv4Addr,
     /// IPv6 is there, too.
@@ -63,6 +65,7 @@ impl Default for UserConfig {
             network: (Ipv4Addr::new(10, 0, 2, 0), 24),
             gateway: Ipv4Addr::new(10, 0, 2, 2),
             dns: Ipv4Addr::new(10, 0, 2, 3),
+            nameservers: Vec::new(),
             guest: Ipv4Addr::new(10, 0, 2, 15),
             ipv6: true,
             prefix6: Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0),

@@ -191,7 +191,7 @@ impl Inner {
             self.wake();
         }
         if notify && let Some(e) = self.events.get() {
-            e.readable(0);
+            e.take_now(0);
         }
         result
     }
@@ -290,7 +290,8 @@ impl Drop for UserNet {
     fn drop(&mut self) {
         self.inner.stop.store(true, Ordering::SeqCst);
         self.inner.wake();
-        if let Some(t) = self.thread.take() {
+        // The thread itself may be the last that knows the device, and with it this.
+        if let Some(t) = self.thread.take().filter(|t| t.thread().id() != std::thread::current().id()) {
             // A panic was reported by the thread itself; in tests it must not go unnoticed.
             let ended = t.join().is_ok();
             debug_assert!(ended || std::thread::panicking(), "the thread of user networking panicked");

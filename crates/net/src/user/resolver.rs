@@ -13,6 +13,8 @@ const MOST: usize = 8;
 /// Which server names are looked up at.
 pub struct Resolver {
     path: PathBuf,
+    /// The servers do not come from the file.
+    fixed: bool,
     looked: Option<Instant>,
     changed: Option<SystemTime>,
     servers: Vec<SocketAddr>,
@@ -24,6 +26,7 @@ impl Default for Resolver {
     fn default() -> Self {
         Resolver {
             path: "/etc/resolv.conf".into(),
+            fixed: false,
             looked: None,
             changed: None,
             servers: Vec::new(),
@@ -33,17 +36,14 @@ impl Default for Resolver {
 }
 
 impl Resolver {
-    /// Servers that are known otherwise.
-    #[cfg(test)]
-    pub fn fixed(servers: &[SocketAddr]) -> Resolver {
-        let looked = Some(Instant::now() + Duration::from_secs(3600));
-        Resolver { looked, servers: servers.to_vec(), ..Resolver::default() }
+    /// These servers, or the host's if there is none.
+    pub fn new(servers: &[SocketAddr]) -> Resolver {
+        Resolver { fixed: !servers.is_empty(), servers: servers.to_vec(), ..Resolver::default() }
     }
 
     /// The host's server that is to be asked.
     pub fn address(&mut self) -> Option<SocketAddr> {
-        // An instant in the future has no time elapsed since.
-        if self.looked.is_none_or(|l| l.elapsed() >= LOOK) {
+        if !self.fixed && self.looked.is_none_or(|l| l.elapsed() >= LOOK) {
             self.looked = Some(Instant::now());
             let changed = fs::metadata(&self.path).and_then(|m| m.modified()).ok();
             if self.servers.is_empty() || changed != self.changed {
@@ -90,14 +90,13 @@ mod tests {
     #[test]
     fn servers_that_fail_are_passed_over() {
         let [a, b] = ["1.1.1.1:53".parse().unwrap(), "2.2.2.2:53".parse().unwrap()];
-        let mut r = Resolver::fixed(&[a, b]);
+        let mut r = Resolver::new(&[a, b]);
         assert_eq!(r.address(), Some(a));
         assert!(r.failed(a));
         assert!(r.failed(a), "told twice, it is still the other's turn");
         assert_eq!(r.address(), Some(b));
         assert!(r.failed(b));
         assert_eq!(r.address(), Some(a));
-        assert!(!Resolver::fixed(&[a]).failed(a));
-        assert!(!Resolver::fixed(&[]).failed(a));
+        assert!(!Resolver::new(&[a]).failed(a));
     }
 }

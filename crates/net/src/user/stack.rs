@@ -229,13 +229,13 @@ impl Stack {
     ) -> Stack {
         Stack {
             common: Common {
-                config,
                 mac: GATEWAY_MAC,
                 guest_mac,
                 guest6: None,
                 output,
                 notify: false,
-                resolver: Resolver::default(),
+                resolver: Resolver::new(&config.nameservers),
+                config,
                 dump,
                 epoll,
                 next_id: 0,

@@ -444,7 +444,7 @@ fn names_are_looked_up_at_the_hosts_server() {
         }
     });
     let mut g = Guest::new(UserConfig::default());
-    lock(&g.inner().stack).common.resolver = Resolver::fixed(&[at]);
+    lock(&g.inner().stack).common.resolver = Resolver::new(&[at]);
     let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 512], vec![0; 65536]);
     let mut s = udp::Socket::new(buffer(), buffer());
     s.bind(5353).expect("bind");

@@ -35,7 +35,7 @@ fn the_next_name_server_is_asked_when_one_is_silent_or_refuses() {
         }
     });
     let mut g = Guest::new(UserConfig::default());
-    lock(&g.inner().stack).common.resolver = Resolver::fixed(&servers);
+    lock(&g.inner().stack).common.resolver = Resolver::new(&servers);
     let h = udp_socket(&mut g, 5353);
     let dns = (IpAddress::v4(10, 0, 2, 3), 53);
     give(&mut g, h, dns, b"one");

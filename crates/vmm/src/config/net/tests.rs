@@ -10,7 +10,7 @@ fn user(text: &str) -> UserConfig {
 fn everything_that_a_user_network_can_be_told() {
     assert_eq!(user("user"), UserConfig::default());
     let c = user(
-        "user,host=10.9.0.9,net=10.9.0.0/16,ipv6=off,hostname=a,domainname=b.c,dnssearch=d,dnssearch=e.f,restrict,\
+        "user,host=10.9.0.9,net=10.9.0.0/16,ipv6=off,hostname=a,domainname=b.c,dnssearch=d,dnssearch=e.f,restrict,nameserver=9.9.9.9,nameserver=[::1]:5353,\
          hostfwd=tcp:127.0.0.1:2222-:22,hostfwd=udp:[::1]:53-10.9.0.15:5353,hostfwd=::80-:8080,mtu=9000,dump=/x,,y,\
          hostalias=10.9.0.7,tftp=/srv,bootfile=pxe.0,host-loopback=off",
     );
@@ -21,6 +21,7 @@ fn everything_that_a_user_network_can_be_told() {
     assert_eq!(c.network, ([10, 9, 0, 0].into(), 16));
     assert!(!c.ipv6 && c.restrict && !c.host_loopback);
     assert_eq!(c.search, ["d", "e.f"]);
+    assert_eq!(c.nameservers, ["9.9.9.9:53".parse().unwrap(), "[::1]:5353".parse().unwrap()]);
     assert_eq!(c.mtu, 9000);
     assert_eq!(c.dump, Some("/x,y".into()));
     let told: Vec<String> = c.forwards.iter().map(|f| format!("{} {} {}", f.udp, f.host, f.guest)).collect();
@@ -44,6 +45,7 @@ fn what_is_wrong_is_told_with_what_to_do() {
         ("user,colour=red", "unknown option 'colour' of user networks"),
         ("user,net=10.0.0.0", "give a network as"),
         ("user,net=10.0.0.0/33", "give a network as"),
+        ("user,nameserver=one", "an address and a port as"),
         ("user,host=nowhere", "give an IPv4 address"),
         ("user,ipv6-prefix=fd00::1/64", "64 bits"),
         ("user,restrict=perhaps", "give on or off"),

@@ -5,7 +5,7 @@ use crate::config::ParseError;
 use ringfort_net::user::{Forward, UserConfig};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-const KNOWN: &str = "net, host, dns, dhcpstart, ipv6, ipv6-prefix, hostname, domainname, dnssearch, restrict, \
+const KNOWN: &str = "net, host, dns, nameserver, dhcpstart, ipv6, ipv6-prefix, hostname, domainname, dnssearch, restrict, \
     host-loopback, hostalias, hostfwd, tftp, bootfile, dump";
 
 pub(super) fn options(c: &mut UserConfig, options: &[KeyValue<'_>]) -> Result<(), ParseError> {
@@ -19,6 +19,7 @@ pub(super) fn options(c: &mut UserConfig, options: &[KeyValue<'_>]) -> Result<()
             "net" => {}
             "host" => c.gateway = o.parse(V4)?,
             "dns" => c.dns = o.parse(V4)?,
+            "nameserver" => c.nameservers.push(nameserver(o)?),
             "dhcpstart" => c.guest = o.parse(V4)?,
             "ipv6" => c.ipv6 = o.switch()?,
             "ipv6-prefix" => c.prefix6 = prefix6(o)?,
@@ -39,6 +40,14 @@ pub(super) fn options(c: &mut UserConfig, options: &[KeyValue<'_>]) -> Result<()
 }
 
 const V4: &str = "an IPv4 address";
+
+/// `ADDRESS` or `ADDRESS:PORT`; an IPv6 address with a port stands in brackets.
+fn nameserver(o: &KeyValue<'_>) -> Result<SocketAddr, ParseError> {
+    let v = o.need()?;
+    v.parse().or_else(|_| {
+        o.parse("an address, or an address and a port as 127.0.0.1:5353").map(|a| SocketAddr::new(a, 53))
+    })
+}
 
 /// `A.B.C.D/N`.
 fn cidr(o: &KeyValue<'_>) -> Result<(Ipv4Addr, u8), ParseError> {
