@@ -3,7 +3,7 @@
 use crate::queue::{Queue, QueueError};
 use ringfort_bus::lock;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use vmm_sys_util::eventfd::EventFd;
 
 /// Device status bits (virtio 1.3 section 2.1).
@@ -165,16 +165,29 @@ pub trait VirtioDevice: Send + Sync {
     }
 }
 
+/// A queue that can be served on any thread.
+pub(crate) trait Serve: Send + Sync {
+    /// Serve it now; false if somebody else does.
+    fn try_serve(&self) -> bool;
+}
+
 /// How a device starts things by itself.
 pub struct Signals {
     kicks: Vec<Arc<EventFd>>,
+    /// Who serves a queue on the spot, while the device is active.
+    servers: RwLock<Vec<Weak<dyn Serve>>>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     generation: AtomicU32,
 }
 
 impl Signals {
     pub(crate) fn new(kicks: Vec<Arc<EventFd>>) -> Signals {
-        Signals { kicks, interrupt: Mutex::new(None), generation: AtomicU32::new(0) }
+        Signals {
+            kicks,
+            servers: RwLock::default(),
+            interrupt: Mutex::new(None),
+            generation: AtomicU32::new(0),
+        }
     }
 
     pub(crate) fn connect(&self, interrupt: Option<Arc<dyn Interrupt>>) {
@@ -190,6 +203,22 @@ impl Signals {
         if let Some(fd) = self.kicks.get(usize::from(queue)) {
             // Fails only when 2^64 kicks are outstanding; one is as good.
             let _ = fd.write(1);
+        }
+    }
+
+    pub(crate) fn set_servers(&self, servers: Vec<Weak<dyn Serve>>) {
+        *self.servers.write().unwrap_or_else(PoisonError::into_inner) = servers;
+    }
+
+    /// Serve a queue here and now, which spares a change of threads; if somebody else is at it, they are to look again. The caller holds
+    /// no lock of the device's, and does not serve that queue itself.
+    pub fn serve(&self, queue: u16) {
+        let server = {
+            let servers = self.servers.read().unwrap_or_else(PoisonError::into_inner);
+            servers.get(usize::from(queue)).and_then(Weak::upgrade)
+        };
+        if server.is_none_or(|s| !s.try_serve()) {
+            self.kick(queue);
         }
     }
 

@@ -1,5 +1,6 @@
 //! Queues at work, and the threads that serve them.
 
+use crate::device::Serve;
 use crate::queue::QueueProgress;
 use crate::{Interrupt, Queue, QueueError, Quick, Served, VirtioDevice, status};
 use ringfort_bus::lock;
@@ -78,13 +79,16 @@ impl ActiveQueue {
 
     /// Serve the queue, on its I/O thread.
     fn serve(&self) {
-        let mut queue = lock(&self.queue);
+        self.serve_queue(&mut lock(&self.queue));
+    }
+
+    fn serve_queue(&self, queue: &mut Queue) {
         // Also while paused or broken: what is finished may be what others wait for.
-        self.device.collect(&mut queue, self.is_broken());
+        self.device.collect(queue, self.is_broken());
         // Also without new chains: the device may have been kicked for something that it holds.
         while !self.is_broken() && queue.is_open() {
             queue.disable_notifications();
-            match self.device.service(&mut queue) {
+            match self.device.service(queue) {
                 Err(e) => return self.fail(queue.index(), e),
                 Ok(Served::Waiting) => return,
                 Ok(Served::Drained) => {
@@ -128,6 +132,14 @@ impl ActiveQueue {
 
     pub fn progress(&self) -> QueueProgress {
         lock(&self.queue).progress()
+    }
+}
+
+impl Serve for ActiveQueue {
+    fn try_serve(&self) -> bool {
+        let Ok(mut queue) = self.queue.try_lock() else { return false };
+        self.serve_queue(&mut queue);
+        true
     }
 }
 

@@ -4,6 +4,7 @@ mod active;
 #[cfg(test)]
 mod tests;
 
+use crate::device::Serve;
 use crate::queue::{Gate, QueueLayout, QueueProgress};
 use crate::{Grouping, Interrupt, Queue, Signals, VirtioDevice, feature, status};
 use active::{ActiveQueue, Fault, Worker};
@@ -12,7 +13,7 @@ use ringfort_memory::RamMap;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, Weak};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// One queue's registers.
@@ -253,6 +254,16 @@ impl Core {
             }
         }
         life.active = Some(Active { gate, workers });
+        let serve = |lane: &RwLock<Option<Arc<ActiveQueue>>>| -> Weak<dyn Serve> {
+            match read_lane(lane).as_ref() {
+                Some(q) => {
+                    let q: Arc<dyn Serve> = q.clone();
+                    Arc::downgrade(&q)
+                }
+                None => Weak::<ActiveQueue>::new(),
+            }
+        };
+        self.signals.set_servers(self.lanes.iter().map(serve).collect());
         drop(life);
         // Whatever was rung before the threads were there, and what the device itself has.
         (0..self.queue_count()).for_each(|q| self.signals.kick(q));
@@ -276,8 +287,13 @@ impl Core {
         let active = lock(&self.life).active.take();
         if let Some(Active { gate, workers }) = active {
             gate.set_paused(true);
+            self.signals.set_servers(Vec::new());
+            let queues: Vec<Arc<ActiveQueue>> =
+                self.lanes.iter().filter_map(|lane| read_lane(lane).clone()).collect();
             self.close_lanes();
             drop(workers);
+            // Threads of a back end may be at one still.
+            queues.iter().for_each(|q| q.wait_idle());
         }
         self.signals.connect(None);
     }
