@@ -16,8 +16,8 @@ FUZZ_SECONDS = 60
 
 # What the default guest is built with.
 GUEST_PACKAGES = mmdebstrap e2fsprogs uidmap
-TEST_PACKAGES = $(GUEST_PACKAGES) cpio qemu-system-x86 qemu-utils acpica-tools dmidecode
-BENCH_PACKAGES = qemu-system-x86
+TEST_PACKAGES = $(GUEST_PACKAGES) cpio qemu-system-x86 qemu-utils acpica-tools dmidecode curl openssh-client
+BENCH_PACKAGES = qemu-system-x86 iperf3
 
 help: ## Say what there is
 	echo 'make run     build Ringfort and boot the default guest (Debian, built on first use)'
@@ -59,7 +59,8 @@ deny:
 
 bench: build
 	scripts/need $(GUEST_PACKAGES) $(BENCH_PACKAGES)
-	$(CARGO) run --release -q -p ringfort-bench -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
+	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
+	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-net -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(NET_ARGS)
 
 fuzz:
 	for target in $$($(CARGO) +nightly fuzz list); do \

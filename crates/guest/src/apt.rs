@@ -33,6 +33,8 @@ pub(crate) struct Apt {
     apt_get: PathBuf,
     apt_cache: PathBuf,
     options: Vec<String>,
+    /// Where packages that it fetches go.
+    archives: PathBuf,
     /// Sources of the release, in one-line format, for mmdebstrap.
     pub sources: PathBuf,
 }
@@ -63,6 +65,7 @@ impl Apt {
             apt_get,
             apt_cache,
             options: options.iter().flat_map(|o| ["-o".to_owned(), o.clone()]).collect(),
+            archives: dir.join("cache/archives"),
             sources: dir.join("sources.list"),
         };
         // One source that does not answer fails the whole update; what counts is whether ours came through.
@@ -124,6 +127,15 @@ impl Apt {
             .find(|p| p.starts_with("linux-image-"))
             .map(str::to_owned)
             .ok_or_else(|| GuestError::Unavailable { what: format!("{KERNEL_META} names no kernel") })
+    }
+
+    /// Fetch `packages` and everything that they need, as for a system that has nothing; gives the folder that they are in.
+    pub fn fetch(&self, packages: &[&str], progress: &mut dyn Progress) -> Result<PathBuf, GuestError> {
+        let mut command = Command::new(&self.apt_get);
+        command.args(&self.options).args(["-q", "-y", "--download-only", "--no-install-recommends"]);
+        command.args(["-o", "Debug::NoLocking=1", "install"]).args(packages);
+        tool::run(command, progress)?;
+        Ok(self.archives.clone())
     }
 
     fn download(&self, packages: &[&str], to: &Path, progress: &mut dyn Progress) -> Result<(), GuestError> {

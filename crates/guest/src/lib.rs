@@ -23,6 +23,7 @@ mod cpio;
 mod disk;
 mod initramfs;
 mod lab;
+mod mirror;
 mod modules;
 mod tar;
 mod tool;
@@ -32,6 +33,7 @@ pub use cache::cache_dir;
 pub use cpio::CpioWriter;
 pub use lab::{LAB, Lab, LabRun, ensure_lab};
 pub use userland::{Program, Userland, UserlandGuest, ensure_userland, unpack};
+pub use mirror::ensure_mirror;
 
 use std::path::{Path, PathBuf};
 
