@@ -234,12 +234,15 @@ fn a_debian_guest_is_online() {
 
     // The cable is pulled in the middle of a transfer, and plugged in again.
     let download = format!(
-        "(curl -fsS --limit-rate 8M {url}/large | sha256sum | cut -c-64 > /tmp/sum; touch /tmp/done) & true"
+        "rm -f /tmp/done /tmp/half; (curl -fsS {url}/gated/large > /tmp/half; sha256sum /tmp/half | cut -c-64 > /tmp/sum; \
+         touch /tmp/done) & true"
     );
     let carrier = |up: u8| format!("grep -q {up} /sys/class/net/{card}/carrier");
-    g.shell(&format!("rm -f /tmp/done; {download}"));
+    g.shell(&download);
+    until(&mut g, "test -s /tmp/half");
     g.send("\x01l");
     until(&mut g, &carrier(0));
+    web.gate.send(()).expect("the web server");
     g.shell("sleep 1; test ! -e /tmp/done");
     g.send("\x01l");
     until(&mut g, &carrier(1));
@@ -247,9 +250,11 @@ fn a_debian_guest_is_online() {
     assert_eq!(g.shell("cat /tmp/sum"), sum);
     over_ssh("two");
 
-    // Nothing runs for a while, the guest's clock excepted.
-    g.shell(&format!("rm -f /tmp/done; {download}"));
+    // Nothing of it runs for a while.
+    g.shell(&download);
+    until(&mut g, "test -s /tmp/half");
     g.signal("STOP");
+    web.gate.send(()).expect("the web server");
     std::thread::sleep(Duration::from_secs(15));
     g.signal("CONT");
     until(&mut g, "test -e /tmp/done");

@@ -3,12 +3,15 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 
-/// A web server: files of folders by GET, and PUT, whose bodies go to a channel. It closes each connection after one answer.
+/// A web server: files of folders by GET, and PUT, whose bodies go to a channel. It closes each connection after one answer. Of files
+/// below `gated/` it sends half, and the rest after a word through `gate`.
 pub struct Web {
     pub at: SocketAddr,
     pub put: Receiver<Vec<u8>>,
+    pub gate: Sender<()>,
 }
 
 impl Web {
@@ -18,20 +21,28 @@ impl Web {
         let at = listener.local_addr().expect("its address");
         let folders: Vec<PathBuf> = folders.iter().map(|f| f.to_path_buf()).collect();
         let (tx, put) = channel();
+        let (gate, opened) = channel();
+        let opened = Arc::new(Mutex::new(opened));
         std::thread::spawn(move || {
             while let Ok((stream, _)) = listener.accept() {
-                let (folders, tx) = (folders.clone(), tx.clone());
+                let (folders, tx, opened) = (folders.clone(), tx.clone(), opened.clone());
                 std::thread::spawn(move || {
                     // A guest that leaves in the middle is no failure of the server's.
-                    let _ = serve(stream, &folders, |body| drop(tx.send(body)));
+                    let wait = || drop(opened.lock().expect("the gate").recv());
+                    let _ = serve(stream, &folders, |body| drop(tx.send(body)), wait);
                 });
             }
         });
-        Some(Web { at, put })
+        Some(Web { at, put, gate })
     }
 }
 
-fn serve(stream: TcpStream, folders: &[PathBuf], put: impl FnOnce(Vec<u8>)) -> std::io::Result<()> {
+fn serve(
+    stream: TcpStream,
+    folders: &[PathBuf],
+    put: impl FnOnce(Vec<u8>),
+    wait: impl FnOnce(),
+) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut out = stream;
     let mut line = String::new();
@@ -63,11 +74,17 @@ fn serve(stream: TcpStream, folders: &[PathBuf], put: impl FnOnce(Vec<u8>)) -> s
         put(body);
         return Ok(());
     }
-    let found = folders.iter().find_map(|f| std::fs::read(f.join(&path)).ok());
+    let (path, gated) = path.strip_prefix("gated/").map_or((path.as_str(), false), |p| (p, true));
+    let found = folders.iter().find_map(|f| std::fs::read(f.join(path)).ok());
     match found {
         Some(data) => {
             out.write_all(&head("200 OK", data.len()))?;
-            out.write_all(&data)
+            let half = if gated { data.len() / 2 } else { data.len() };
+            out.write_all(&data[..half])?;
+            if gated {
+                wait();
+            }
+            out.write_all(&data[half..])
         }
         None => out.write_all(&head("404 Not Found", 0)),
     }

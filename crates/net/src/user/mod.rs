@@ -34,13 +34,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 /// How often idle things are looked for.
 const SWEEP: Duration = Duration::from_secs(2);
 /// Events taken at a time.
 const EVENTS: usize = 256;
-/// The waking descriptor among the events.
+/// The waking descriptor among the events, and the timer of acknowledgements. (Identifiers of others count from 1.)
 const WAKE: u64 = 0;
+const ACK_TIMER: u64 = u64::MAX;
 
 /// Why user-mode networking cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -120,9 +122,12 @@ impl UserNet {
         let epoll = Arc::new(Epoll::new()?);
         let wake = EventFd::new(EFD_NONBLOCK)?;
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
+        let ack_timer = TimerFd::new().map_err(io::Error::from)?;
+        epoll.ctl(ControlOperation::Add, ack_timer.as_raw_fd(), EpollEvent::new(EventSet::IN, ACK_TIMER))?;
         let output: Arc<Mutex<Output>> = Arc::default();
         let mtu = config.mtu;
-        let mut stack = Stack::new(config, output.clone(), epoll.clone(), dump, guest.map(MacAddr::bytes));
+        let mut stack =
+            Stack::new(config, output.clone(), epoll.clone(), ack_timer, dump, guest.map(MacAddr::bytes));
         let forwards = listen(&mut stack)?;
         crate::sys::raise_descriptor_limit();
         let inner = Arc::new(Inner {
@@ -226,6 +231,8 @@ impl Inner {
                 for e in &events[..n] {
                     if e.data() == WAKE {
                         let _ = self.wake.read();
+                    } else if e.data() == ACK_TIMER {
+                        s.tcp.acknowledge_delayed(&mut s.common);
                     } else {
                         s.ready(e.data(), EventSet::from_bits_truncate(e.events()));
                     }

@@ -19,6 +19,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
 
 /// The Ethernet address of router and DNS server: locally administered, as QEMU's.
 pub const GATEWAY_MAC: Mac = [0x52, 0x55, 10, 0, 2, 2];
@@ -48,6 +49,8 @@ pub struct Common {
     pub resolver: Resolver,
     pub dump: Option<Pcap>,
     pub epoll: Arc<Epoll>,
+    /// Wakes the poll thread for acknowledgements that wait.
+    pub ack_timer: TimerFd,
     next_id: u64,
     /// The poll thread sleeps until then.
     pub sleeps_until: Option<Instant>,
@@ -224,6 +227,7 @@ impl Stack {
         config: UserConfig,
         output: Arc<Mutex<Output>>,
         epoll: Arc<Epoll>,
+        ack_timer: TimerFd,
         dump: Option<Pcap>,
         guest_mac: Option<Mac>,
     ) -> Stack {
@@ -238,6 +242,7 @@ impl Stack {
                 config,
                 dump,
                 epoll,
+                ack_timer,
                 next_id: 0,
                 sleeps_until: None,
                 wake: false,

@@ -18,6 +18,8 @@ struct Wire {
     events: OnceLock<Arc<dyn NetEvents>>,
     full: std::sync::atomic::AtomicBool,
     flushed: AtomicU64,
+    /// Who took the last frame.
+    taker: Mutex<Option<std::thread::ThreadId>>,
 }
 
 impl NetBackend for Wire {
@@ -49,6 +51,7 @@ impl NetBackend for Wire {
     fn receive(&self, _pair: u16, frame: &mut Vec<u8>) -> Option<VnetHeader> {
         let (header, data) = lock(&self.inbound).pop_front()?;
         *frame = data;
+        *lock(&self.taker) = Some(std::thread::current().id());
         Some(header)
     }
 }
@@ -228,6 +231,27 @@ fn long_frames_are_spread_over_mergeable_buffers() {
                 .concat();
         assert!(all == frame_to(MAC, 2500));
     }
+}
+
+#[test]
+fn a_back_ends_thread_serves_the_queue_itself() {
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device, 0);
+    let mut here = 0;
+    for n in 0..100 {
+        rig.send(0, &[(BUFFERS, 2000, true)]);
+        lock(&wire.inbound).push_back((VnetHeader::default(), frame_to(MAC, 60 + n)));
+        wire.events.get().expect("attached").take_now(0);
+        // The I/O thread may have been at the queue just then, and does it in that case.
+        assert_eq!(rig.used(0).1, 72 + n as u32);
+        here += u32::from(*lock(&wire.taker) == Some(std::thread::current().id()));
+    }
+    assert!(here > 0);
+    // After a reset nobody serves it.
+    rig.core.reset();
+    lock(&wire.inbound).push_back((VnetHeader::default(), frame_to(MAC, 60)));
+    wire.events.get().expect("attached").take_now(0);
+    assert_eq!(lock(&wire.inbound).len(), 1);
 }
 
 #[test]

@@ -200,12 +200,12 @@ impl Guest {
 pub fn measure(seconds: f64) -> Result<Vec<Row>, String> {
     let there = stream("guest to host", "sink", seconds, |g| {
         let mut moved = 0;
+        while g.receive() {}
         while g.allowed.wrapping_sub(g.seq) >= PAYLOAD as u32 && g.allowed.wrapping_sub(g.seq) < 1 << 30 {
             g.send(ACK, PAYLOAD, &[]);
             moved += PAYLOAD;
         }
         g.net.flush(0);
-        while g.receive() {}
         moved
     })?;
     let back = stream("host to guest", "source", seconds, |g| {

@@ -134,13 +134,14 @@ pub fn measure(command: Command, seconds: u32) -> Result<[f64; ROWS.len()], Stri
          ip route add default via 10.0.2.2; cd /",
     )?;
     // The first exchange waits for neighbours to be found.
-    console.shell(&format!("bytes 10.0.2.2 {bytes_port} 100"))?;
+    console.shell(&format!("/usr/bin/bytes 10.0.2.2 {bytes_port} 100"))?;
     let mut figures = [0.0; ROWS.len()];
     for (n, options) in ["", "-P 4", "-R", "-R -P 4"].into_iter().enumerate() {
-        let said = console.shell(&format!("iperf3 -c 10.0.2.2 -p {port} -t {seconds} -f k {options}"))?;
+        let said =
+            console.shell(&format!("/usr/bin/iperf3 -c 10.0.2.2 -p {port} -t {seconds} -f k {options}"))?;
         figures[n] = rate(&said).ok_or_else(|| format!("no rate from iperf3: {}", tail(&said)))?;
     }
-    let said = console.shell(&format!("bytes 10.0.2.2 {bytes_port} {BYTES}"))?;
+    let said = console.shell(&format!("/usr/bin/bytes 10.0.2.2 {bytes_port} {BYTES}"))?;
     let time = said.lines().find_map(|l| l.trim().strip_suffix(" us"));
     figures[4] = time
         .and_then(|t| t.parse().ok())

@@ -44,6 +44,10 @@ const SCALE: u8 = 5;
 /// First wait for an answer of the guest, doubled each time; how often.
 const RTO: Duration = Duration::from_millis(300);
 const MOST_TRIES: u32 = 10;
+/// How long the acknowledgement of little data may wait for data that goes with it.
+const ACK_DELAY: Duration = Duration::from_millis(5);
+/// With less room than this for the guest's data, it is told at once.
+const ACK_ROOM: usize = 32 << 10;
 /// A connection idle for longer keeps no buffers.
 const REST: Duration = Duration::from_secs(2);
 /// A connection idle for longer may be given up for a new one when there are [`MOST`].
@@ -65,6 +69,8 @@ pub struct Tcp {
     held: usize,
     timers: BinaryHeap<Reverse<(Instant, u64)>>,
     due: Vec<u64>,
+    /// Acknowledgements that wait for something to go with, in order of time.
+    delayed: VecDeque<(Instant, u64)>,
     blocked: VecDeque<u64>,
     numbers: Numbers,
 }
@@ -263,12 +269,42 @@ impl Tcp {
         self.flows.is_empty()
     }
 
-    /// Acknowledge what a batch of segments brought.
+    /// Acknowledge what a batch of segments brought: at once what is much, and a little later what is less than a segment, because
+    /// the answer to it will carry the acknowledgement as a rule (RFC 9293 section 3.8.6.3).
     pub fn flush(&mut self, c: &mut Common) {
         for id in std::mem::take(&mut self.due) {
+            let Some(f) = self.flows.get_mut(&id).filter(|f| f.ack_due) else { continue };
+            if f.unacknowledged == 0 || f.unacknowledged >= f.mss || f.free() < ACK_ROOM {
+                f.acknowledge(c);
+                continue;
+            }
+            f.delayed = true;
+            let at = Instant::now() + ACK_DELAY;
+            if self.delayed.is_empty() && c.ack_timer.reset(ACK_DELAY, None).is_err() {
+                f.acknowledge(c);
+                continue;
+            }
+            self.delayed.push_back((at, id));
+        }
+    }
+
+    /// Acknowledge what no answer came for in time.
+    pub fn acknowledge_delayed(&mut self, c: &mut Common) {
+        // It has expired: this does not wait, and gives how often.
+        let _ = c.ack_timer.wait();
+        let now = Instant::now();
+        while let Some(&(at, id)) = self.delayed.front() {
+            if at > now {
+                // Cannot fail with an open descriptor; if it did, the guest would send again.
+                let _ = c.ack_timer.reset(at - now, None);
+                return;
+            }
+            self.delayed.pop_front();
             if let Some(f) = self.flows.get_mut(&id)
                 && f.ack_due
+                && f.delayed
             {
+                f.delayed = false;
                 f.acknowledge(c);
             }
         }

@@ -138,6 +138,9 @@ impl Tcp {
         };
         self.held += f.to_host.len() - before;
         f.next = f.next.wrapping_add(taken as u32);
+        f.unacknowledged += taken;
+        // What was not taken must come again, the sooner the better.
+        let whole = taken == fresh.len();
         if fin && taken == fresh.len() {
             f.next = f.next.wrapping_add(1);
             f.guest_fin = true;
@@ -151,6 +154,10 @@ impl Tcp {
             f.acknowledge(c);
         } else if !f.ack_due {
             f.ack_due = true;
+            self.due.push(id);
+        } else if f.delayed && (f.unacknowledged >= f.mss || !whole) {
+            // It waits no longer.
+            f.delayed = false;
             self.due.push(id);
         }
         if f.is_done() {

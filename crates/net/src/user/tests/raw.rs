@@ -156,3 +156,33 @@ fn a_client_waits_for_a_guest_that_has_not_spoken() {
     hand.send(ports, 8, one.seq.wrapping_add(1), ACK, b"x");
     assert_eq!((&c).read(&mut [0; 4]).expect("data"), 1);
 }
+
+/// What is less than a segment is acknowledged by the answer, or a little later; a whole segment at once.
+#[test]
+fn little_data_is_acknowledged_by_the_answer_or_a_little_later() {
+    let (hand, at) = forwarded();
+    let mut c = TcpStream::connect(at).expect("connect");
+    let syn = hand.next();
+    let ports = (22, syn.ports.0);
+    let mut next = syn.seq.wrapping_add(1);
+    hand.send(ports, 7, next, SYN | ACK, b"");
+    assert_eq!(hand.next().flags, ACK);
+    hand.send(ports, 8, next, ACK, b"x");
+    c.read_exact(&mut [0]).expect("data");
+    c.write_all(b"y").expect("write");
+    // The answer may come so late on a busy machine that the acknowledgement went alone.
+    let mut answer = hand.next();
+    if answer.data.is_empty() {
+        assert_eq!((answer.flags, answer.ack), (ACK, 9));
+        answer = hand.next();
+    }
+    assert_eq!((answer.ack, &answer.data[..]), (9, &b"y"[..]));
+    next = next.wrapping_add(1);
+    let sent = Instant::now();
+    hand.send(ports, 9, next, ACK, b"z");
+    let alone = hand.next();
+    assert_eq!((alone.flags, alone.ack, alone.data.len()), (ACK, 10, 0));
+    assert!(sent.elapsed() >= Duration::from_millis(5));
+    hand.send(ports, 10, next, ACK, &[1; 1460]);
+    assert_eq!(hand.next().ack, 1470);
+}
