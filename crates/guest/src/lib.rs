@@ -32,8 +32,8 @@ mod userland;
 pub use cache::cache_dir;
 pub use cpio::CpioWriter;
 pub use lab::{LAB, Lab, LabRun, ensure_lab};
-pub use userland::{Program, Userland, UserlandGuest, ensure_userland, unpack};
 pub use mirror::ensure_mirror;
+pub use userland::{Program, Userland, UserlandGuest, ensure_userland, unpack};
 
 use std::path::{Path, PathBuf};
 

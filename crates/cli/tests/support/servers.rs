@@ -28,7 +28,7 @@ impl Web {
                 let (folders, tx, opened) = (folders.clone(), tx.clone(), opened.clone());
                 std::thread::spawn(move || {
                     // A guest that leaves in the middle is no failure of the server's.
-                    let wait = || drop(opened.lock().expect("the gate").recv());
+                    let wait = || _ = opened.lock().expect("the gate").recv();
                     let _ = serve(stream, &folders, |body| drop(tx.send(body)), wait);
                 });
             }

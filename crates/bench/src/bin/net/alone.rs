@@ -154,7 +154,7 @@ impl Guest {
         f.extend_from_slice(&self.port.to_be_bytes());
         f.extend_from_slice(&self.seq.to_be_bytes());
         f.extend_from_slice(&self.next.to_be_bytes());
-        f.extend_from_slice(&[((20 + options.len()) / 4 << 4) as u8, flags]);
+        f.extend_from_slice(&[(((20 + options.len()) / 4) << 4) as u8, flags]);
         f.extend_from_slice(&WINDOW.to_be_bytes());
         f.extend_from_slice(&[0; 4]);
         f.extend_from_slice(options);
