@@ -4,6 +4,7 @@
 
 mod amend;
 mod args;
+mod bench;
 mod bitmap;
 mod check;
 mod commit;
@@ -70,6 +71,8 @@ Disk images: create, examine, convert. Verbs, options, output and exit statuses 
 usage: ringfort img COMMAND [OPTIONS]
 
   amend [-f FMT] [-p] [-q] [-t CACHE] -o OPTIONS FILE
+  bench [-c COUNT] [-d DEPTH] [-s SIZE] [-o OFFSET] [-S STEP] [-w] [--pattern=BYTE] [--flush-interval=N [--no-drain]]
+        [-f FMT] [-i native|io_uring|threads] [-n] [-t CACHE] [-q] [-U] FILE
   bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | --merge SOURCE [-b FILE [-F FMT]])...
          [-f FMT] FILE BITMAP
   check [-q] [-f FMT] [--output=FMT] [-r leaks|all] [-T CACHE] [-U] FILE
@@ -106,6 +109,7 @@ pub fn run(arguments: &[String], streams: &mut Streams<'_>) -> u8 {
     }
     let done = match verb.as_str() {
         "amend" => amend::run(rest, streams),
+        "bench" => bench::run(rest, streams),
         "bitmap" => bitmap::run(rest, streams),
         "commit" => commit::run(rest, streams),
         "dd" => dd::run(rest, streams),
