@@ -1,7 +1,7 @@
 # Ringfort's two commands are `make run` and `make test`. Everything else is a part of them or a help beside them.
 .POSIX:
 .SILENT:
-.PHONY: run build test lint unit deny bench fuzz clean help
+.PHONY: run build test lint unit deny bench bench-disk fuzz clean help
 
 CARGO = cargo
 # cargo-deny is installed below target/ when the machine has none.
@@ -23,6 +23,7 @@ help: ## Say what there is
 	echo 'make run     build Ringfort and boot the default guest (Debian, built on first use)'
 	echo 'make test    everything that must hold: format, lints, tests, licences'
 	echo 'make bench   the same guests under Ringfort, QEMU and the host, compared (QEMU=path for another QEMU, ARGS=--help)'
+	echo 'make bench-disk  disks compared: the block layer with qemu-img, fio in a guest with QEMU (ARGS=--help)'
 	echo 'make lint    format and clippy only'
 	echo 'make unit    the tests only'
 	echo 'make deny    licences, duplicate and banned crates, sources'
@@ -61,6 +62,11 @@ bench: build
 	scripts/need $(GUEST_PACKAGES) $(BENCH_PACKAGES)
 	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
 	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-net -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(NET_ARGS)
+
+# The disks alone: block layer against qemu-img, fio in a guest against QEMU.
+bench-disk: build
+	scripts/need $(GUEST_PACKAGES) $(BENCH_PACKAGES) qemu-utils
+	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-disk -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
 
 fuzz:
 	for target in $$($(CARGO) +nightly fuzz list); do \

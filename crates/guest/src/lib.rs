@@ -21,6 +21,7 @@ mod apt;
 mod cache;
 mod cpio;
 mod disk;
+mod fio;
 mod initramfs;
 mod lab;
 mod mirror;
@@ -31,6 +32,7 @@ mod userland;
 
 pub use cache::cache_dir;
 pub use cpio::CpioWriter;
+pub use fio::{FIO, ensure_fio};
 pub use lab::{LAB, Lab, LabRun, ensure_lab};
 pub use mirror::ensure_mirror;
 pub use userland::{Program, Userland, UserlandGuest, ensure_userland, unpack};

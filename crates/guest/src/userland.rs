@@ -124,7 +124,7 @@ pub fn ensure_userland(
 }
 
 /// The entry of the packages.
-fn ensure_packages(
+pub(crate) fn ensure_packages(
     cache: &Cache,
     userland: &Userland<'_>,
     apt: &mut LazyApt,

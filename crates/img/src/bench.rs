@@ -5,7 +5,6 @@ use crate::open::{self, How};
 use crate::{Done, Failure, Streams};
 use ringfort_block::BlockBackend;
 use ringfort_block::aio::{Aio, Lane, Memory, Op, Request};
-use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -86,8 +85,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
             plan.step
         )?;
         if plan.flush_every > 0 {
-            let how = if plan.drain { "" } else { "asynchronous " };
-            writeln!(s.out, "Sending {how}flush every {} requests", plan.flush_every)?;
+            writeln!(s.out, "Sending flush every {} requests", plan.flush_every)?;
         }
     }
     let seconds = measure(&disk, aio, &plan, pattern, !cache.syncs)?;

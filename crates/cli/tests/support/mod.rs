@@ -177,6 +177,20 @@ impl Guest {
         }
     }
 
+    /// Wait for the process to end, however it does; gives all that it said.
+    pub fn wait_said(mut self) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(bytes) => self.said.push_str(&String::from_utf8_lossy(&bytes)),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => panic!("it did not end; it said:\n{}", self.tail()),
+            }
+        }
+        self.child.wait().expect("its status");
+        std::mem::take(&mut self.said)
+    }
+
     /// Wait for the process to end, whoever else holds its terminal.
     pub fn end(&mut self) -> ExitStatus {
         let end = Instant::now() + PATIENCE;
