@@ -49,6 +49,9 @@ struct Cli {
     /// Seconds after which a guest counts as hung
     #[arg(long, default_value_t = 600)]
     timeout: u64,
+    /// Rates per second of CPU time of the VMM instead of the clock's, for a machine that has other work (guests only)
+    #[arg(long)]
+    cpu_time: bool,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -142,8 +145,10 @@ fn bench(cli: &Cli) -> Result<(), String> {
         return Ok(());
     }
     println!(
-        "disks: medians of {} rounds; fio in guests: ringfort --accel soft, qemu -accel tcg, cache={}\n",
-        cli.rounds, cli.cache
+        "disks: medians of {} rounds; fio in guests: ringfort --accel soft, qemu -accel tcg, cache={}{}\n",
+        cli.rounds,
+        cli.cache,
+        if cli.cpu_time { ", per second of the VMM's CPU time" } else { "" }
     );
     println!("{:44} {:>12} {:>12} {:8} {:>7}   target", "", "ringfort", "qemu", "", "ratio");
     rows.iter().for_each(|r| print!("{}", r.line()));
@@ -343,6 +348,7 @@ fn fio(cli: &Cli, command: Command) -> Result<Vec<f64>, String> {
     g.until(TEST_PROMPT)?;
     let mut figures = Vec::new();
     for (title, args, field, _) in JOBS {
+        let before = cpu_seconds(g.child.id())?;
         g.type_in(&format!(
             "echo fio-'begin'; {FIO} --name=j --filename=/dev/vda --direct=1 --ioengine=libaio --time_based \
              --runtime={} --norandommap --randrepeat=1 --minimal {args}; echo fio-'end'\n",
@@ -352,9 +358,20 @@ fn fio(cli: &Cli, command: Command) -> Result<Vec<f64>, String> {
         let said = g.until("fio-end")?;
         let line = said.lines().find(|l| l.starts_with("3;")).ok_or_else(|| format!("{title}: {said}"))?;
         let figure = line.split(';').nth(field - 1).and_then(|f| f.parse::<f64>().ok());
-        figures.push(figure.filter(|f| *f > 0.0).ok_or_else(|| format!("{title}: {line}"))?);
+        let figure = figure.filter(|f| *f > 0.0).ok_or_else(|| format!("{title}: {line}"))?;
+        let cpu = cpu_seconds(g.child.id())? - before;
+        figures.push(if cli.cpu_time { figure * f64::from(cli.seconds) / cpu } else { figure });
     }
     Ok(figures)
+}
+
+/// CPU time of a process so far (proc(5), `stat`: fields 14 and 15, in hundredths of a second).
+fn cpu_seconds(pid: u32) -> Result<f64, String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|e| e.to_string())?;
+    let after_name = stat.rsplit(')').next().unwrap_or_default();
+    let ticks: f64 =
+        after_name.split_whitespace().skip(11).take(2).filter_map(|f| f.parse::<f64>().ok()).sum();
+    if ticks > 0.0 { Ok(ticks / 100.0) } else { Err(format!("no CPU time of process {pid}")) }
 }
 
 #[cfg(test)]
