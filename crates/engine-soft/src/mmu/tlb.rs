@@ -58,10 +58,12 @@ pub struct Fetch {
     pub large: bool,
 }
 
-/// The entries of one access mode: arrays, as generated code addresses them by index. A tag is the page's linear address when the access is
-/// allowed without further ado, else [`NO_PAGE`].
+/// The entries of one access mode: arrays, as generated code addresses them by index. A tag is the page's number (linear address divided by
+/// 4,096) when the access is allowed without further ado, else [`NO_PAGE`].
 #[repr(C, align(64))]
 pub struct TlbSet {
+    /// [`INDEX_MASK`], where generated code finds it.
+    pub index_mask: u64,
     /// Tags for loads.
     pub read: [u64; TLB_ENTRIES],
     /// Tags for stores: only while the page's D bit is set, it holds no decoded code, and no dirty log wants its first store.
@@ -100,6 +102,7 @@ impl TlbSet {
             std::ptr::write_bytes(set.as_mut_ptr(), 0, 1);
             set.assume_init()
         };
+        set.index_mask = INDEX_MASK;
         set.read.fill(NO_PAGE);
         set.write.fill(NO_PAGE);
         set.fetch.fill(NO_PAGE);
@@ -112,7 +115,7 @@ impl TlbSet {
         self.fetch[index] = NO_PAGE;
     }
 
-    /// The page that an entry is for; [`NO_PAGE`] if none.
+    /// The number of the page that an entry is for; [`NO_PAGE`] if none.
     fn page(&self, index: usize) -> u64 {
         self.read[index].min(self.write[index]).min(self.fetch[index])
     }
@@ -147,15 +150,15 @@ impl TlbSet {
     /// Drop the page of `lin`, or all entries from the large page that covers it.
     fn drop_page(&mut self, lin: u64) {
         let index = (lin >> 12) as usize % TLB_ENTRIES;
-        if self.page(index) == lin & !0xfff {
+        if self.page(index) == lin >> 12 {
             self.empty(index);
         }
         // The entries of 4 MiB (the largest page below 1 GiB) lie side by side.
         let (words, shift) = if self.huge {
-            (0..WORDS, 30)
+            (0..WORDS, 18)
         } else {
             let first = (index & !1023) / 64;
-            (first..first + 16, 22)
+            (first..first + 16, 10)
         };
         for w in words {
             let mut bits = self.large[w];
@@ -163,7 +166,7 @@ impl TlbSet {
                 let i = w * 64 + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
                 let page = self.page(i);
-                if page != NO_PAGE && page >> shift == lin >> shift {
+                if page != NO_PAGE && page >> shift == lin >> 12 >> shift {
                     self.empty(i);
                 }
             }
@@ -187,8 +190,8 @@ impl TlbSet {
 
     /// Enter a page; `data` if loads are allowed as well (a walk for a fetch does not say so).
     fn insert(&mut self, lin: u64, m: &Mapping, data: bool) {
-        let page = lin & !0xfff;
-        let index = (lin >> 12) as usize % TLB_ENTRIES;
+        let page = lin >> 12;
+        let index = page as usize % TLB_ENTRIES;
         self.huge |= m.large.is_some_and(|size| size > 4 << 20);
         if m.large.is_some() {
             set_bit(&mut self.large, index);
@@ -200,7 +203,7 @@ impl TlbSet {
             self.empty(index);
         }
         self.gpa[index] = m.gpa & !0xfff;
-        self.addend[index] = (m.host as u64 & !0xfff).wrapping_sub(page);
+        self.addend[index] = (m.host as u64 & !0xfff).wrapping_sub(lin & !0xfff);
         if data {
             self.read[index] = page;
             if m.write {
@@ -499,10 +502,10 @@ impl Mmu {
     pub fn hit(&self, m: usize, lin: u64, size: usize, write: bool) -> Option<*mut u8> {
         let set = self.set(m);
         let index = (lin >> 12) as usize % TLB_ENTRIES;
-        let page = lin.wrapping_add(size as u64 - 1) & !0xfff;
+        let page = lin.wrapping_add(size as u64 - 1) >> 12;
         let tag = if write { set.write[index] } else { set.read[index] };
         // Both ends, as `size` may be more than what two neighbouring pages' tags can tell apart.
-        (page == tag && lin & !0xfff == tag).then(|| lin.wrapping_add(set.addend[index]) as *mut u8)
+        (page == tag && lin >> 12 == tag).then(|| lin.wrapping_add(set.addend[index]) as *mut u8)
     }
 
     /// The access mode whose set fetches use: what AC says about user pages does not matter to them.
@@ -516,7 +519,7 @@ impl Mmu {
     pub fn fetch_hit(&self, lin: u64) -> Option<Fetch> {
         let index = (lin >> 12) as usize % TLB_ENTRIES;
         let set = self.set(self.fetch_mode());
-        (set.fetch[index] == lin & !0xfff).then(|| Fetch {
+        (set.fetch[index] == lin >> 12).then(|| Fetch {
             gpa: set.gpa[index] | lin & 0xfff,
             global: !bit(&set.local, index),
             large: bit(&set.large, index),

@@ -24,11 +24,13 @@ pub struct Address {
     pub disp: i32,
 }
 
-/// A growing piece of code.
+/// A growing piece of code, in two parts that will lie apart: what usually executes, and what seldom does.
 #[derive(Default)]
 pub struct Code {
-    /// Its bytes.
+    /// The bytes of both.
     pub bytes: Vec<u8>,
+    /// Where the second part begins, and how much farther off it will lie than here.
+    split: Option<(usize, i64)>,
 }
 
 /// The place of a 32-bit distance to be filled in.
@@ -40,6 +42,24 @@ impl Code {
     /// Bytes so far.
     pub fn at(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// What follows belongs to the second part, which will lie `farther` bytes farther off than it does here.
+    pub fn split(&mut self, farther: i64) {
+        self.split = Some((self.at(), farther));
+    }
+
+    /// Where the byte at `at` will be.
+    fn place(&self, at: usize) -> i64 {
+        match self.split {
+            Some((split, farther)) if at >= split => at as i64 + farther,
+            _ => at as i64,
+        }
+    }
+
+    /// The two parts.
+    pub fn parts(&self) -> (&[u8], &[u8]) {
+        self.bytes.split_at(self.split.map_or(self.at(), |s| s.0))
     }
 
     /// Append bytes.
@@ -181,7 +201,8 @@ impl Code {
 
     /// Let the jump at `hole` go to `to`, an offset in this piece.
     pub fn fill(&mut self, hole: Hole, to: usize) {
-        let distance = (to as i64 - (hole.0 as i64 + 4)) as i32;
+        // A distance ends in its own part.
+        let distance = (self.place(to) - (self.place(hole.0) + 4)) as i32;
         self.bytes[hole.0..hole.0 + 4].copy_from_slice(&distance.to_le_bytes());
     }
 

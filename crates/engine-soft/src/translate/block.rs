@@ -67,8 +67,15 @@ pub(super) struct Emit<'a> {
     pub(super) later: Vec<(Hole, i64)>,
     /// What of the vector state the block needs ([`live`]).
     vectors: u8,
+    /// From where the block's beginning goes if that is not live, and where it goes on.
+    dead_vectors: Option<(Vec<Hole>, usize)>,
     /// Offset in code memory of the piece's first byte.
-    pub(super) start: usize,
+    start: usize,
+    /// The same of what seldom executes, and its address.
+    cold_start: usize,
+    cold_base: usize,
+    /// Bytes of the piece before that.
+    hot_size: usize,
     /// Guest physical page of the block.
     pub(super) page: u64,
 }
@@ -104,7 +111,7 @@ impl Cpu {
             return false;
         }
         let Some(t) = self.translator.as_mut() else { return false };
-        if t.memory.size() - t.used < (b.ops.len() + 4) * MOST_PER_OP {
+        if t.room() < (b.ops.len() + 4) * MOST_PER_OP {
             self.drop_translations();
             return false;
         }
@@ -134,7 +141,7 @@ impl Cpu {
         else {
             return false;
         };
-        if t.memory.size() - t.used < 4 * MOST_PER_OP {
+        if t.room() < 4 * MOST_PER_OP {
             self.drop_translations();
             return false;
         }
@@ -145,8 +152,9 @@ impl Cpu {
         emit.guard_second(word, value, context);
         emit.by_handler(op);
         emit.go(i64::from(op.off) + i64::from(op.len));
+        emit.begin_cold();
         emit.emit_outs();
-        let code = emit.c.bytes;
+        let code = emit.c;
         t.add(b, &code);
         true
     }
@@ -190,7 +198,7 @@ impl Translator {
     /// Code that goes by the jump table to what lies `to` bytes into the page; its address, if there is room.
     pub(super) fn add_detour(&mut self, to: u64) -> Option<usize> {
         let start = self.used;
-        if self.memory.size() - start < MOST_PER_OP {
+        if self.room() < MOST_PER_OP {
             return None;
         }
         let mut c = Code::default();
@@ -204,13 +212,16 @@ impl Translator {
     }
 
     /// Put the code of `b` in force.
-    fn add(&mut self, b: &Block, code: &[u8]) {
+    fn add(&mut self, b: &Block, code: &Code) {
+        let (hot, cold) = code.parts();
         let start = self.used;
-        self.memory.write(start, code);
-        self.used = (start + code.len()).next_multiple_of(16);
+        self.memory.write(start, hot);
+        self.used = (start + hot.len()).next_multiple_of(16);
+        self.memory.write(self.cold_used, cold);
+        self.cold_used += cold.len();
         self.blocks += 1;
         b.code.set(self.memory.address(start));
-        crate::perf_map::note(self.memory.address(start), code.len(), || {
+        crate::perf_map::note(self.memory.address(start), hot.len(), || {
             format!("guest {:#x}+{:#x}", b.gpa, b.bytes)
         });
     }
@@ -218,7 +229,7 @@ impl Translator {
 
 impl<'a> Emit<'a> {
     fn new(t: &'a mut Translator, b: &Block) -> Emit<'a> {
-        let Translator { memory, used, stubs, encoder, info, links, fast_pext, .. } = t;
+        let Translator { memory, used, cold_used, stubs, encoder, info, links, fast_pext, .. } = t;
         let start = *used;
         Emit {
             c: Code::default(),
@@ -240,7 +251,11 @@ impl<'a> Emit<'a> {
             outs: Vec::new(),
             later: Vec::new(),
             vectors: 0,
+            dead_vectors: None,
             start,
+            cold_start: *cold_used,
+            cold_base: memory.address(*cold_used),
+            hot_size: usize::MAX,
             page: b.gpa & !0xfff,
         }
     }
@@ -310,7 +325,7 @@ impl Emit<'_> {
         self.producer.filter(|_| self.at == At::Lost)
     }
 
-    fn block(mut self, ops: &[Op], instructions: &[Instruction], look: impl Fn(i64) -> u32) -> Vec<u8> {
+    fn block(mut self, ops: &[Op], instructions: &[Instruction], look: impl Fn(i64) -> u32) -> Code {
         self.hows = instructions.iter().zip(ops).map(|(i, op)| how(i, op)).collect();
         let next = ops.last().map_or(0, |op| i64::from(op.off) + i64::from(op.len));
         self.wanted = wanted_after(instructions, &self.hows, ops, next, look);
@@ -342,6 +357,16 @@ impl Emit<'_> {
             }
             self.go(next);
         }
+        self.emit_later();
+        self.begin_cold();
+        if let Some((missing, back)) = self.dead_vectors.take() {
+            for hole in missing {
+                self.c.land(hole);
+            }
+            self.make_live(ops.first().map_or(0, |op| op.off.into()));
+            let hole = self.c.jmp();
+            self.c.fill(hole, back);
+        }
         for s in std::mem::take(&mut self.slow) {
             self.c.land(s.from);
             if let Some(p) = s.lost {
@@ -357,7 +382,22 @@ impl Emit<'_> {
             self.c.fill(back, s.back);
         }
         self.emit_outs();
-        self.c.bytes
+        self.c
+    }
+
+    /// What follows seldom executes.
+    fn begin_cold(&mut self) {
+        let split = self.c.at();
+        self.hot_size = split;
+        let farther = self.cold_base.wrapping_sub(self.base.wrapping_add(split)) as i64;
+        self.c.split(farther);
+        // So that this plus an offset in the piece is where it will be.
+        self.base = self.cold_base.wrapping_sub(split);
+    }
+
+    /// The offset in code memory of what lies at `at` in the piece.
+    pub(super) fn memory_offset(&self, at: usize) -> usize {
+        if at >= self.hot_size { self.cold_start + (at - self.hot_size) } else { self.start + at }
     }
 
     /// Make the vector state that the block needs live, if it is not, for what begins [`Emit::here`] bytes into the page. Flags are in memory.
@@ -370,15 +410,9 @@ impl Emit<'_> {
             self.c.test_cpu8(LIVE, bit);
             missing.push(self.c.jcc(4));
         }
-        if missing.is_empty() {
-            return;
+        if !missing.is_empty() {
+            self.dead_vectors = Some((missing, self.c.at()));
         }
-        let over = self.c.jmp();
-        for hole in missing {
-            self.c.land(hole);
-        }
-        self.make_live(self.here);
-        self.c.land(over);
     }
 
     /// The same after an op's handler.
@@ -474,8 +508,16 @@ impl Emit<'_> {
                 if wanted != 0 {
                     self.save_flags();
                 }
-                self.go_if(condition(i), op.imm as i64);
-                self.go(i64::from(op.off) + i64::from(op.len));
+                let (cc, to) = (condition(i), op.imm as i64);
+                let next = i64::from(op.off) + i64::from(op.len);
+                if (0..=self.here).contains(&to) && next < 4096 {
+                    // A loop: its way out is the jump.
+                    self.go_if(cc ^ 1, next);
+                    self.go(to);
+                } else {
+                    self.go_if(cc, to);
+                    self.go(next);
+                }
                 return true;
             }
             How::CallRelative => {

@@ -10,7 +10,7 @@ use super::Link;
 use super::asm::{Address, Hole, SP, T0, T1};
 use super::block::Emit;
 use super::memory::Wanted;
-use super::stubs::{BUDGET, CONTEXT, GLOBAL_CONTEXT, RELINK, REQUESTS, RIP_AT};
+use super::stubs::{BUDGET, CONTEXT, GLOBAL_CONTEXT, RELINK, RIP_AT};
 use crate::decode::Op;
 use iced_x86::{Code as I, Instruction};
 
@@ -42,8 +42,8 @@ pub(super) struct Out {
 }
 
 enum Why {
-    /// Somebody wants attention.
-    Poll,
+    /// Time to look whether somebody wants attention; the place to go on at if not.
+    Poll(usize),
     /// Not linked yet.
     Link(u32),
     /// A guard has failed.
@@ -51,14 +51,12 @@ enum Why {
 }
 
 impl Emit<'_> {
-    /// Give way to whoever wants this vCPU's attention; RIP is then `to` bytes from the page's.
+    /// Give way to whoever wants this vCPU's attention; RIP is then `to` bytes from the page's. Clobbers the scratch registers.
     fn poll(&mut self, to: i64) {
         self.c.decrement_cpu(BUDGET);
         let exhausted = self.c.jcc(8);
-        self.c.load_cpu(T1, REQUESTS);
-        self.c.raw(&[0x41, 0x83, 0x3e, 0x00]); // cmp dword [r14], 0
-        let requested = self.c.jcc(5);
-        self.outs.push(Out { from: vec![exhausted, requested], to, why: Why::Poll });
+        let back = self.c.at();
+        self.outs.push(Out { from: vec![exhausted], to, why: Why::Poll(back) });
     }
 
     /// Go to what lies `to` bytes from the page's beginning. Flags are where the next block expects them; host flags are free.
@@ -84,7 +82,7 @@ impl Emit<'_> {
     }
 
     fn link_within(&mut self, hole: Hole, to: i64) {
-        let link = self.add_link(Link { at: self.start + hole.0, page: Some(self.page) });
+        let link = self.add_link(Link { at: self.memory_offset(hole.0), page: Some(self.page) });
         self.outs.push(Out { from: vec![hole], to, why: Why::Link(link) });
     }
 
@@ -120,7 +118,7 @@ impl Emit<'_> {
             (skip.0 - start, jump.0 - start, self.c.at() - start),
             (guard::SKIP, guard::JUMP, guard::END)
         );
-        let link = self.add_link(Link { at: self.start + start, page: None });
+        let link = self.add_link(Link { at: self.memory_offset(start), page: None });
         self.outs.push(Out { from: vec![skip], to, why: Why::Link(link) });
         self.outs.push(Out { from: vec![stale, elsewhere], to, why: Why::Guard(link) });
     }
@@ -141,12 +139,16 @@ impl Emit<'_> {
         self.c.jcc(7)
     }
 
-    /// The pieces that jumps out of the straight line lead to.
-    pub(super) fn emit_outs(&mut self) {
+    /// What conditional jumps lead to that is more than a jump.
+    pub(super) fn emit_later(&mut self) {
         while let Some((hole, to)) = self.later.pop() {
             self.c.land(hole);
             self.go(to);
         }
+    }
+
+    /// The pieces that jumps out of the straight line lead to.
+    pub(super) fn emit_outs(&mut self) {
         let base = self.base;
         for out in std::mem::take(&mut self.outs) {
             for &hole in &out.from {
@@ -162,14 +164,17 @@ impl Emit<'_> {
                 self.c.land(again);
             }
             self.c.imm(T0, out.to);
-            let stub = match out.why {
+            match out.why {
                 Why::Link(link) | Why::Guard(link) => {
                     self.c.imm(T1, link.into());
-                    self.stubs.link
+                    self.c.far(0xe9, base, self.stubs.link);
                 }
-                Why::Poll => self.stubs.poll,
-            };
-            self.c.far(0xe9, base, stub);
+                Why::Poll(back) => {
+                    self.c.far(0xe8, base, self.stubs.poll);
+                    let hole = self.c.jmp();
+                    self.c.fill(hole, back);
+                }
+            }
         }
     }
 

@@ -39,6 +39,8 @@ impl Wanted {
     }
 }
 
+const _: () = assert!(offset_of!(TlbSet, index_mask) == 0);
+
 impl Emit<'_> {
     /// Whether [`Emit::operand`] can form the op's address.
     pub(super) fn reachable(op: &Op) -> bool {
@@ -107,10 +109,8 @@ impl Emit<'_> {
                     T1
                 }
             };
-            // pext r14, from, gs:[mask]
-            let mask = offset_of!(Cpu, hot) + offset_of!(super::Hot, index_mask);
-            self.c.raw(&[0x65, 0xc4, 0x62, (!from & 15) << 3 | 0x82, 0xf5, 0x34, 0x25]);
-            self.c.raw(&(mask as u32).to_le_bytes());
+            // pext r14, from, [r15]: the mask
+            self.c.raw(&[0xc4, 0x42, (!from & 15) << 3 | 0x82, 0xf5, 0x37]);
         } else {
             match at {
                 Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T1, r),
@@ -128,10 +128,14 @@ impl Emit<'_> {
             }
             self.c.raw(&[0x49, 0x81, 0xe5]); // and r13
             self.c.raw(&(-4096 | (i32::from(wanted.align) - 1)).to_le_bytes());
+            self.c.raw(&[0x49, 0xc1, 0xcd, 12]); // ror r13, 12
         } else {
             // The last byte's page must be the tag: what crosses into the next page never matches.
-            self.c.mem(0x8d, T0, Address { disp: at.disp + wanted.size.max(1) as i32 - 1, ..at });
-            self.c.raw(&[0x49, 0x81, 0xe5, 0x00, 0xf0, 0xff, 0xff]); // and r13, -4096
+            match at {
+                Address { base: Some(r), index: None, disp: 0 } if wanted.size <= 1 => self.c.mov(T0, r),
+                _ => self.c.mem(0x8d, T0, Address { disp: at.disp + wanted.size.max(1) as i32 - 1, ..at }),
+            }
+            self.c.raw(&[0x49, 0xc1, 0xed, 12]); // shr r13, 12
         }
         // cmp r13, [tags + r14 * 8]
         self.c.mem(0x3b, T0, Address { base: Some(TLB), index: Some((T1, 3)), disp: tag as i32 });

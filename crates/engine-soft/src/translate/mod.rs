@@ -32,8 +32,10 @@ use stubs::Stubs;
 const CODE_SIZE: usize = 64 << 20;
 /// Executions of a block by the interpreter before it is translated. Small guests of unit tests are to be translated too.
 const HOT: u32 = if cfg!(test) { 2 } else { 24 };
-/// Blocks that run before the loop looks at the clock.
-const BUDGET: i32 = 2048;
+/// Polls (backward jumps, calls, look-ups) between two looks at requests.
+const BUDGET: i32 = 64;
+/// Looks at requests before the run loop looks at the clock.
+const LOOKS: i32 = 32;
 /// Failing guards before a jump is linked anew.
 const RELINK: i32 = 64;
 /// Entries of the jump table.
@@ -102,10 +104,10 @@ pub struct Hot {
     base: usize,
     /// Something put aside.
     kept: u64,
-    /// The bits of a linear address that choose the TLB entry.
-    index_mask: u64,
-    /// Polls still to pass before coming back.
+    /// Polls still to pass before requests are looked at.
     budget: i32,
+    /// Looks at requests still to pass before coming back.
+    looks: i32,
     /// Guards still to fail before a jump is linked anew.
     relink: i32,
     /// MXCSR of host code.
@@ -121,7 +123,10 @@ pub struct Hot {
 /// One vCPU's translations.
 pub struct Translator {
     memory: CodeMemory,
+    /// First free byte of the first half, for what usually executes.
     used: usize,
+    /// The same of the second half, for what seldom does.
+    cold_used: usize,
     stubs: Stubs,
     jumps: Box<[Jump; JUMPS]>,
     encoder: iced_x86::Encoder,
@@ -154,8 +159,8 @@ impl Hot {
             code: 0,
             base: 0,
             kept: 0,
-            index_mask: crate::mmu::INDEX_MASK,
             budget: 0,
+            looks: 0,
             relink: RELINK,
             host_mxcsr: 0x1f80,
             live: 0,
@@ -182,6 +187,7 @@ impl Translator {
         let mut memory = CodeMemory::new(size)?;
         let stubs = Stubs::write(&mut memory);
         Ok(Box::new(Translator {
+            cold_used: size / 2,
             memory,
             used: stubs.end,
             stubs,
@@ -199,9 +205,15 @@ impl Translator {
         }))
     }
 
+    /// Bytes free in the half that has fewer.
+    fn room(&self) -> usize {
+        (self.memory.size() / 2).saturating_sub(self.used).min(self.memory.size() - self.cold_used)
+    }
+
     /// Forget all translations. The blocks' code pointers are the caller's to clear.
     pub fn clear(&mut self) {
         self.used = self.stubs.end;
+        self.cold_used = self.memory.size() / 2;
         self.jumps.fill(NO_JUMP);
         self.links.clear();
     }
@@ -312,6 +324,7 @@ impl Cpu {
         self.hot.jumps = t.jumps.as_ptr();
         self.hot.code = t.memory.address(0);
         self.hot.budget = BUDGET;
+        self.hot.looks = LOOKS;
         self.hot.cpu = self;
         self.enter_page(b.first());
         self.update_vectors();

@@ -43,6 +43,7 @@ pub const GLOBAL_CONTEXT: i32 = mmu_at(offset_of!(Mmu, global_context));
 pub const REQUESTS: i32 = hot_at(offset_of!(Hot, requests));
 /// Offset of the budget.
 pub const BUDGET: i32 = hot_at(offset_of!(Hot, budget));
+const LOOKS: i32 = hot_at(offset_of!(Hot, looks));
 /// Offset of the count of failing links until one is made anew.
 pub const RELINK: i32 = hot_at(offset_of!(Hot, relink));
 /// Offset of what is live of the vector state; see [`live`].
@@ -74,7 +75,7 @@ const NO_RETURN: u64 = 0x8000_5a5a_0000_a5a5;
 /// Addresses of the stubs.
 pub struct Stubs {
     enter: usize,
-    /// Leave with [`exit::POLL`]; RIP is [`T0`] bytes from the page's.
+    /// Look whether somebody wants attention. To be called; leaves with [`exit::POLL`] if so, RIP being [`T0`] bytes from the page's.
     pub poll: usize,
     /// Leave with [`exit::LINK`] and the value of [`T1`]; RIP is [`T0`] bytes from the page's.
     pub link: usize,
@@ -193,7 +194,7 @@ impl Stubs {
             leave_with(c, code);
             at
         };
-        let poll = simple(&mut c, exit::POLL, true);
+        let poll_relative = simple(&mut c, exit::POLL, true) - base;
         let poll_absolute = simple(&mut c, exit::POLL, false) - base;
         let miss = simple(&mut c, exit::LOOK_UP, false) - base;
         let link = simple(&mut c, exit::LINK, true);
@@ -223,19 +224,37 @@ impl Stubs {
         c.load_cpu(HOST_SP, BASE);
         reload(&mut c);
         c.load_cpu(T0, RIP_AT);
-        let onward = c.call();
-        c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
-
-        c.fill(onward, c.at());
-        let look_up = base + c.at();
-        c.decrement_cpu(BUDGET);
-        let exhausted = c.jcc(8);
+        // What the op itself asked for is due now.
         c.load_cpu(T1, REQUESTS);
         c.raw(&[0x41, 0x83, 0x3e, 0x00]); // cmp dword [r14], 0
         let requested = c.jcc(5);
-        for h in [exhausted, requested] {
-            c.fill(h, poll_absolute);
-        }
+        c.fill(requested, poll_absolute);
+        let onward = c.call();
+        c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
+
+        // Whether somebody wants attention, every so many polls. Clobbers T1; goes to `leave` if so.
+        let look = |c: &mut Code, leave: usize| {
+            c.load_cpu(T1, REQUESTS);
+            c.raw(&[0x41, 0x83, 0x3e, 0x00]); // cmp dword [r14], 0
+            let requested = c.jcc(5);
+            c.decrement_cpu(LOOKS);
+            let exhausted = c.jcc(8);
+            c.cpu32(&[0xc7], 0, BUDGET); // mov dword [budget]
+            c.raw(&super::BUDGET.to_le_bytes());
+            for h in [exhausted, requested] {
+                c.fill(h, leave);
+            }
+        };
+        let poll = base + c.at();
+        look(&mut c, poll_relative);
+        c.raw(&[0xc3]);
+
+        let look_up = base + c.at();
+        c.fill(onward, c.at());
+        c.decrement_cpu(BUDGET);
+        let some_left = c.jcc(9);
+        look(&mut c, poll_absolute);
+        c.land(some_left);
         c.mov(T1, T0);
         c.raw(&[0x49, 0xc1, 0xee, 0x0c]); // shr r14, 12
         c.rr(0x31, T0, T1); // xor r14, r13
