@@ -25,7 +25,7 @@ use crate::codemem::CodeMemory;
 use crate::cpu::{Activity, Cpu, RIP};
 use crate::decode::{Flow, Op};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use stubs::Stubs;
 
 /// Bytes of code memory of one vCPU. When they are used up, all translations are dropped.
@@ -45,22 +45,20 @@ pub(super) const JUMPS: usize = 16384;
 mod exit {
     /// A request waits, or the budget is used up. `regs[RIP]` is the next block's.
     pub const POLL: u64 = 0;
-    /// The jump table does not know `regs[RIP]`.
+    /// There is no code for `regs[RIP]`.
     pub const LOOK_UP: u64 = 1;
-    /// A jump that is not linked yet (or no longer rightly); its number among the links is the second value.
-    pub const LINK: u64 = 2;
     /// An op (the second value) ended the block; the next instruction follows it.
-    pub const ADVANCE: u64 = 3;
+    pub const ADVANCE: u64 = 2;
     /// An op branched.
-    pub const BRANCH: u64 = 4;
+    pub const BRANCH: u64 = 3;
     /// An op raised an exception.
-    pub const TRAP: u64 = 5;
+    pub const TRAP: u64 = 4;
     /// A handler panicked.
-    pub const PANIC: u64 = 6;
+    pub const PANIC: u64 = 5;
     /// The block at `regs[RIP]` cannot execute as translated: the interpreter is to do it.
-    pub const INTERPRET: u64 = 7;
+    pub const INTERPRET: u64 = 6;
     /// Not a way out: an op has ended the block, `regs[RIP]` is the next one's, and translated code may go on there.
-    pub const RESUME: u64 = 8;
+    pub const RESUME: u64 = 7;
 }
 
 /// Names of the exits, for statistics.
@@ -205,6 +203,14 @@ impl Translator {
         }))
     }
 
+    /// Remember where the code of `b`, which begins at `rip`, lies.
+    #[inline]
+    fn note_jump(&mut self, rip: u64, context: u64, b: &Block) {
+        let (word, value) = b.stamp();
+        let code = (b.code.get() - self.memory.address(0)) as u32;
+        self.jumps[(rip ^ rip >> 12) as usize % JUMPS] = Jump { rip, context, word, value, code };
+    }
+
     /// Bytes free in the half that has fewer.
     fn room(&self) -> usize {
         (self.memory.size() / 2).saturating_sub(self.used).min(self.memory.size() - self.cold_used)
@@ -244,6 +250,36 @@ extern "C" fn call_op(cpu: *mut Cpu, op: *const Op) -> u32 {
         }
     };
     code as u32
+}
+
+/// For translated code that goes on where the jump table knows nothing: the code's address, or 0 to leave.
+extern "sysv64" fn resolve(cpu: *mut Cpu) -> usize {
+    found(cpu, |cpu| cpu.find_code())
+}
+
+/// For a jump that is not linked (or no longer rightly): the same, and it is linked.
+extern "sysv64" fn resolve_link(cpu: *mut Cpu, number: u64) -> usize {
+    found(cpu, |cpu| {
+        let block = cpu.find_code()?;
+        // SAFETY: just found; nothing was decoded since.
+        cpu.link(number as usize, unsafe { &*block });
+        Some(block)
+    })
+}
+
+fn found(cpu: *mut Cpu, find: impl FnOnce(&mut Cpu) -> Option<*const Block>) -> usize {
+    // SAFETY: translated code passes the Cpu that it runs for, to which no other reference is in use meanwhile.
+    let cpu = unsafe { &mut *cpu };
+    match catch_unwind(AssertUnwindSafe(|| find(cpu))) {
+        // SAFETY: the cache keeps a block until another is decoded.
+        Ok(block) => block.map_or(0, |b| unsafe { &*b }.code.get()),
+        Err(panic) => {
+            if let Some(t) = &mut cpu.translator {
+                t.panic = Some(panic);
+            }
+            0
+        }
+    }
 }
 
 /// What [`Cpu::run_translated`] leaves to do.
@@ -317,10 +353,7 @@ impl Cpu {
     fn enter(&mut self, b: &Block) -> After {
         let rip = self.regs[usize::from(RIP)];
         let Some(t) = self.translator.as_mut() else { return After::GoOn };
-        let (word, value) = b.stamp();
-        let context = self.cache.context;
-        let code = (b.code.get() - t.memory.address(0)) as u32;
-        t.jumps[(rip ^ rip >> 12) as usize % JUMPS] = Jump { rip, context, word, value, code };
+        t.note_jump(rip, self.cache.context, b);
         self.hot.jumps = t.jumps.as_ptr();
         self.hot.code = t.memory.address(0);
         self.hot.budget = BUDGET;
@@ -340,10 +373,6 @@ impl Cpu {
         }
         match why {
             exit::POLL => After::Poll,
-            exit::LINK => {
-                self.link(what as usize);
-                After::GoOn
-            }
             exit::ADVANCE => {
                 let op = what as *const Op;
                 // SAFETY: the op belongs to a block that is still held.
@@ -352,7 +381,7 @@ impl Cpu {
                 After::GoOn
             }
             exit::TRAP => After::Trap(what as *const Op),
-            exit::PANIC => match self.translator.as_mut().and_then(|t| t.panic.take()) {
+            exit::PANIC | exit::LOOK_UP => match self.translator.as_mut().and_then(|t| t.panic.take()) {
                 Some(panic) => resume_unwind(panic),
                 None => After::GoOn,
             },
@@ -364,19 +393,39 @@ impl Cpu {
         }
     }
 
-    /// Let a jump go straight to the block at `regs[RIP]`, if that has code.
-    #[cold]
-    fn link(&mut self, number: usize) {
-        self.hot.relink = RELINK;
+    /// The code for `regs[RIP]`, made if the block is hot enough; then RIP is the page's. `None` if the run loop has to see to it. Translations
+    /// from before are still there if there is an answer.
+    fn find_code(&mut self) -> Option<*const Block> {
+        if self.env.me.requests.load(Ordering::Relaxed) != 0 {
+            return None;
+        }
         // A fetch fault is raised again, and delivered, when the block is looked up in earnest.
-        let before = self.cache.decoded;
-        let Ok(block) = self.find_block(false) else { return };
+        let flushes = self.translator.as_ref()?.flushes;
+        let block = self.find_block(false).ok()?;
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
-        // Decoding may have dropped every block and translation, the jump's own included.
-        if b.code.get() == 0 || self.cache.decoded != before {
-            return;
+        if b.code.get() == 0 {
+            let heat = b.heat.get() + 1;
+            b.heat.set(heat);
+            if heat < self.translator.as_ref()?.hot || !self.translate_block(b) {
+                return None;
+            }
         }
+        let rip = self.regs[usize::from(RIP)];
+        let context = self.cache.context;
+        let t = self.translator.as_mut()?;
+        if t.flushes != flushes {
+            return None;
+        }
+        t.note_jump(rip, context, b);
+        self.enter_page(b.first());
+        Some(block)
+    }
+
+    /// Let a jump go straight to `b`, which was just found.
+    #[cold]
+    fn link(&mut self, number: usize, b: &Block) {
+        self.hot.relink = RELINK;
         let context = self.cache.context;
         let global = context == self.mmu.global_context;
         let Some(t) = self.translator.as_mut() else { return };

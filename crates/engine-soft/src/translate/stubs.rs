@@ -77,7 +77,7 @@ pub struct Stubs {
     enter: usize,
     /// Look whether somebody wants attention. To be called; leaves with [`exit::POLL`] if so, RIP being [`T0`] bytes from the page's.
     pub poll: usize,
-    /// Leave with [`exit::LINK`] and the value of [`T1`]; RIP is [`T0`] bytes from the page's.
+    /// Link the jump whose number is in [`T1`] to the block [`T0`] bytes from the page's beginning, and go there.
     pub link: usize,
     /// Leave with [`exit::INTERPRET`]; RIP is [`T0`] bytes from the page's.
     pub interpret: usize,
@@ -196,8 +196,33 @@ impl Stubs {
         };
         let poll_relative = simple(&mut c, exit::POLL, true) - base;
         let poll_absolute = simple(&mut c, exit::POLL, false) - base;
-        let miss = simple(&mut c, exit::LOOK_UP, false) - base;
-        let link = simple(&mut c, exit::LINK, true);
+        // Ask for the code for the RIP in memory; what is not there takes the run loop. The pairs on the stack stay good.
+        let resolved = |c: &mut Code, function: usize| {
+            spill(c);
+            c.mov(6, T1);
+            save_if_live(c);
+            c.load_cpu(7, SELF);
+            c.imm64(0, function as u64);
+            c.raw(&[0xff, 0xd0]); // call rax
+            c.raw(&[0x48, 0x85, 0xc0]); // test rax, rax
+            let found = c.jcc(5);
+            leave_with(c, exit::LOOK_UP);
+            c.land(found);
+            c.mov(T1, 0);
+        };
+        // The same as a continuation of the look-up, which was called.
+        let miss = c.at();
+        c.store_cpu(T0, RIP_AT);
+        c.raw(&[0x48, 0x83, 0xec, 0x08]); // sub rsp, 8
+        resolved(&mut c, super::resolve as *const () as usize);
+        c.raw(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
+        reload(&mut c);
+        c.raw(&[0xc3]);
+        let link = base + c.at();
+        c.cpu(0x01, T0, RIP_AT); // add [rip], r13
+        resolved(&mut c, super::resolve_link as *const () as usize);
+        reload(&mut c);
+        c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
         let interpret = simple(&mut c, exit::INTERPRET, true);
 
         let call = base + c.at();
@@ -298,8 +323,10 @@ impl Stubs {
 
         // Where the lowest pair leads: only a guest that guesses its return address comes here.
         let lowest_pair = base + c.at();
-        let hole = c.jmp();
+        c.load_cpu(HOST_SP, BASE);
+        let hole = c.call();
         c.fill(hole, miss);
+        c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
 
         let vectors_at = base + c.at();
         c.raw(&[0x45, 0x89, 0xee]); // mov r14d, r13d
