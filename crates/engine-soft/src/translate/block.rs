@@ -5,6 +5,7 @@ pub(super) use super::choose::How;
 use super::choose::{condition, how, writes_memory};
 use super::control::Out;
 use super::flags::{self, ALL};
+use super::group::Group;
 use super::memory::{Operand, Wanted};
 use super::replay::{At, Producer};
 use super::stubs::{CONTEXT, LIVE, PINNED, RIP_AT, live, reg_at};
@@ -28,10 +29,12 @@ pub(super) struct Registers {
     pub(super) writes: u32,
 }
 
-/// The slow path of a memory access: the op's handler does all of it.
+/// The slow path of memory accesses: the ops' handlers do all of it.
 struct Slow {
     from: Hole,
+    /// One op, or a group's.
     op: *const Op,
+    count: usize,
     back: usize,
     /// Flags must be in the host's flags afterwards.
     flags: bool,
@@ -62,6 +65,8 @@ pub(super) struct Emit<'a> {
     pub(super) wanted: Vec<u32>,
     pub(super) uses: Vec<Registers>,
     slow: Vec<Slow>,
+    /// The group that is being emitted, where its probe misses, and what gives the flags from before it if they are lost.
+    group: Option<(Group, Hole, Option<Producer>, *const Op)>,
     pub(super) outs: Vec<Out>,
     /// Conditional jumps whose targets take more than a jump.
     pub(super) later: Vec<(Hole, i64)>,
@@ -248,6 +253,7 @@ impl<'a> Emit<'a> {
             wanted: Vec::new(),
             uses: Vec::new(),
             slow: Vec::new(),
+            group: None,
             outs: Vec::new(),
             later: Vec::new(),
             vectors: 0,
@@ -315,9 +321,10 @@ impl Emit<'_> {
     }
 
     /// A memory access's slow path, for when the fast one goes on here.
-    pub(super) fn slow_path(&mut self, from: Hole, op: *const Op, lost: Option<Producer>) {
+    pub(super) fn slow_path(&mut self, from: impl Into<Option<Hole>>, op: *const Op, lost: Option<Producer>) {
+        let Some(from) = from.into() else { return };
         let flags = self.wanted[self.n] != 0 && matches!(self.at, At::Host | At::Both);
-        self.slow.push(Slow { from, op, back: self.c.at(), flags, lost });
+        self.slow.push(Slow { from, op, count: 1, back: self.c.at(), flags, lost });
     }
 
     /// For [`Emit::slow_path`]: what gives the flags, if they are lost.
@@ -338,10 +345,18 @@ impl Emit<'_> {
         self.here = ops.first().map_or(0, |op| op.off.into());
         self.need_vectors();
         let mut ended = false;
+        let mut groups = self.plan_groups(instructions, ops).into_iter().peekable();
         for (n, (i, op)) in instructions.iter().zip(ops).enumerate() {
             self.n = n;
             self.here = op.off.into();
+            if let Some(g) = groups.next_if(|g| g.first == n) {
+                self.spare_flags();
+                let lost = self.lost();
+                let from = self.probe_group(&g);
+                self.group = Some((g, from, lost, op));
+            }
             ended = self.instruction(i, op, self.hows[n], self.wanted[n]);
+            self.leave_group();
             let fresh = std::mem::take(&mut self.fresh);
             if !fresh && self.producer.is_some_and(|p| p.guests & self.uses[n].writes != 0) {
                 self.producer = None;
@@ -371,10 +386,12 @@ impl Emit<'_> {
             self.c.land(s.from);
             if let Some(p) = s.lost {
                 self.replay_of(p, T1);
-                self.flags_to_memory();
+                self.flags_to_memory(T1);
             }
-            self.call(s.op);
-            self.need_vectors_after(s.op);
+            for n in 0..s.count {
+                self.call(s.op.wrapping_add(n));
+            }
+            self.need_vectors_after(s.op.wrapping_add(s.count - 1));
             if s.flags {
                 self.flags_from_memory(T1);
             }
@@ -383,6 +400,21 @@ impl Emit<'_> {
         }
         self.emit_outs();
         self.c
+    }
+
+    /// The base of the group that the instruction at hand belongs to.
+    pub(super) fn group_base(&self) -> Option<u8> {
+        self.group.as_ref().map(|(g, ..)| g.base)
+    }
+
+    /// If the instruction at hand is the last of a group, that ends here.
+    pub(super) fn leave_group(&mut self) {
+        let n = self.n;
+        if let Some((g, from, lost, op)) = self.group.take_if(|(g, ..)| g.last == n) {
+            let flags = self.wanted[n] != 0 && matches!(self.at, At::Host | At::Both);
+            let count = g.last - g.first + 1;
+            self.slow.push(Slow { from, op, count, back: self.c.at(), flags, lost });
+        }
     }
 
     /// What follows seldom executes.
@@ -542,7 +574,9 @@ impl Emit<'_> {
 
     /// Probe for eight bytes at `[base + disp]`, a host register that holds a guest's.
     pub(super) fn stack(&mut self, base: u8, disp: i32, write: bool) -> (Operand, Option<Producer>) {
-        self.spare_flags();
+        if self.group.is_none() {
+            self.spare_flags();
+        }
         let o = self.operand_at(Address { base: Some(base), index: None, disp }, Wanted::stack(write));
         (o, self.lost())
     }
@@ -582,7 +616,7 @@ impl Emit<'_> {
             if !wide {
                 self.c.bytes[from] &= !8; // without REX.W
             }
-            misses.push(o.miss);
+            misses.extend(o.miss);
         } else {
             let value = self.value(op.dst / 8, T0);
             self.c.mov(T0, value);
@@ -614,9 +648,12 @@ impl Emit<'_> {
         let (begin, flags_at) = (self.c.at(), self.at);
         let mut new = *i;
         let mut miss = None;
-        let mut temps = vec![T0, T1];
+        // Within a group the second scratch register is not free, and nothing clobbers flags.
+        let mut temps = if self.group.is_some() { vec![T0] } else { vec![T0, T1] };
         if memory {
-            self.spare_flags();
+            if self.group.is_none() {
+                self.spare_flags();
+            }
             let lost = self.lost();
             let write = if self.hows[self.n] == How::Same { writes_memory(i) } else { native::stores(i) };
             let o = self.operand(op, Wanted { size: op.memsize.into(), write, align });
@@ -627,7 +664,7 @@ impl Emit<'_> {
             new.set_memory_displ_size(if i8::try_from(o.at.disp).is_ok() { 1 } else { 8 });
             new.set_segment_prefix(Register::None);
             temps = vec![o.spare];
-            miss = Some((o.miss, lost));
+            miss = o.miss.map(|miss| (miss, lost));
         }
         // What it does not set must be there already, and what it reads as well.
         if u.reads != 0 || u.writes && before != 0 {

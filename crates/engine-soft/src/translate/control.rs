@@ -190,6 +190,7 @@ impl Emit<'_> {
         if value != T0 {
             self.c.mov(T0, value);
         }
+        self.leave_group();
     }
 
     /// Host code that the guest's RET is to come back to, and the call of `callee`, which is emitted later.
@@ -272,6 +273,7 @@ impl Emit<'_> {
         self.save_flags();
         let (o, lost) = self.stack(SP, 0, false);
         self.c.mem(0x8b, T0, o.at);
+        self.leave_group();
         let more = if i.code() == I::Retnq_imm16 { i32::from(i.immediate16()) } else { 0 };
         // cmp r13, [rsp + 8]
         self.c.mem(0x3b, T0, Address { base: Some(super::asm::HOST_SP), index: None, disp: 8 });

@@ -5,6 +5,7 @@
 
 use super::asm::{Address, Hole, T0, T1, TLB};
 use super::block::{Emit, pinned};
+use super::group::Group;
 use super::stubs::{KEPT, reg_at};
 use crate::cpu::{Cpu, ZERO};
 use crate::decode::{Op, op_flags};
@@ -17,8 +18,8 @@ pub(super) struct Operand {
     pub at: Address,
     /// The scratch register that is not part of the address.
     pub spare: u8,
-    /// Where a miss comes from.
-    pub miss: Hole,
+    /// Where a miss comes from; none within a group, whose own probe it is.
+    pub miss: Option<Hole>,
 }
 
 /// What an access wants.
@@ -85,6 +86,10 @@ impl Emit<'_> {
 
     /// Probe the TLB for the op's memory operand.
     pub(super) fn operand(&mut self, op: &Op, wanted: Wanted) -> Operand {
+        if let Some(base) = self.group_base() {
+            debug_assert_eq!(pinned(op.base), Some(base));
+            return Emit::in_group(base, op.disp as i32);
+        }
         let at = self.address(op);
         let uses_t0 = at.base == Some(T0) || at.index.is_some_and(|i| i.0 == T0);
         let miss = self.probe(at, wanted);
@@ -94,8 +99,28 @@ impl Emit<'_> {
 
     /// The same for an address in terms of host registers other than the scratch ones.
     pub(super) fn operand_at(&mut self, at: Address, wanted: Wanted) -> Operand {
+        if let Some(base) = self.group_base() {
+            debug_assert_eq!(at.base, Some(base));
+            return Emit::in_group(base, at.disp);
+        }
         let miss = self.probe(at, wanted);
         self.placed(at, false, miss)
+    }
+
+    /// An operand within a group, whose distance from guest to host addresses is in [`T1`].
+    fn in_group(base: u8, disp: i32) -> Operand {
+        Operand { at: Address { base: Some(T1), index: Some((base, 0)), disp }, spare: T0, miss: None }
+    }
+
+    /// Probe for a group; the distance comes into [`T1`], where it stays while the group lasts.
+    pub(super) fn probe_group(&mut self, g: &Group) -> Hole {
+        let at = Address { base: Some(g.base), index: None, disp: g.low };
+        let wanted = Wanted { size: (g.high - g.low) as usize, write: g.write, align: 1 };
+        let miss = self.probe(at, wanted);
+        let addend =
+            Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 };
+        self.c.mem(0x8b, T1, addend);
+        miss
     }
 
     /// Leaves the entry's index in [`T1`]; [`T0`] is clobbered once `at` has been used.
@@ -143,6 +168,7 @@ impl Emit<'_> {
     }
 
     fn placed(&mut self, at: Address, uses_t0: bool, miss: Hole) -> Operand {
+        let miss = Some(miss);
         let addend =
             Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 };
         let one = match at {

@@ -14,6 +14,7 @@ mod block;
 mod choose;
 mod control;
 mod flags;
+mod group;
 mod gs;
 mod memory;
 mod replay;
@@ -31,7 +32,7 @@ use stubs::Stubs;
 /// Bytes of code memory of one vCPU. When they are used up, all translations are dropped.
 const CODE_SIZE: usize = 64 << 20;
 /// Executions of a block by the interpreter before it is translated. Small guests of unit tests are to be translated too.
-const HOT: u32 = if cfg!(test) { 2 } else { 24 };
+const HOT: u32 = if cfg!(test) { 2 } else { 12 };
 /// Polls (backward jumps, calls, look-ups) between two looks at requests.
 const BUDGET: i32 = 64;
 /// Looks at requests before the run loop looks at the clock.

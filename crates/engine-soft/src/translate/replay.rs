@@ -3,7 +3,7 @@
 //! Saving them costs more than the probe. Most instructions that set them can be asked again instead as long as their registers still
 //! hold what they held: a comparison is done once more, a sum is undone and done again in a scratch register. Only what cannot is saved.
 
-use super::asm::{RAX, T1};
+use super::asm::{RAX, T0, T1};
 use super::block::{Emit, How, in_width, number};
 use super::stubs::ARITH;
 use iced_x86::{Code as I, Instruction, Mnemonic as M, OpKind, Register};
@@ -69,21 +69,23 @@ impl Producer {
 impl Emit<'_> {
     /// Flags go to memory if they are not there.
     pub(super) fn save_flags(&mut self) {
+        // Within a group the other one is not free.
+        let temp = if self.group_base().is_some() { T0 } else { T1 };
         if self.at == At::Lost {
-            self.replay(T1);
+            self.replay(temp);
         }
         if matches!(self.at, At::Host | At::Lost) {
-            self.flags_to_memory();
+            self.flags_to_memory(temp);
             self.at = At::Both;
         }
     }
 
-    pub(super) fn flags_to_memory(&mut self) {
-        self.c.mov(T1, RAX);
+    pub(super) fn flags_to_memory(&mut self, temp: u8) {
+        self.c.mov(temp, RAX);
         self.c.raw(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
         self.c.raw(&[0x66]);
         self.c.cpu32(&[0x89], RAX, ARITH); // mov gs:[arith], ax
-        self.c.mov(RAX, T1);
+        self.c.mov(RAX, temp);
     }
 
     /// Flags come into the host's if they are not there; `temp` is clobbered.
