@@ -6,6 +6,7 @@
 
 mod boot;
 mod decode;
+mod disk;
 mod network;
 mod options;
 mod pci;
@@ -13,6 +14,7 @@ mod queue;
 
 pub use boot::boot_loader;
 pub use decode::decoder;
+pub use disk::{disk_import, disk_qcow2};
 pub use network::user_network;
 pub use options::options;
 pub use pci::pci_config;
@@ -22,9 +24,11 @@ pub use queue::virtio_queue;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("boot_loader", boot_loader),
     ("decoder", decoder),
+    ("disk_import", disk_import),
+    ("disk_qcow2", disk_qcow2),
     ("options", options),
     ("pci_config", pci_config),
     ("user_network", user_network),
