@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod engine;
+mod images;
 mod memory;
 mod native;
 mod process;
@@ -68,6 +69,12 @@ struct Cli {
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
+    /// Compare the image tool with qemu-img instead of guests (without it, and without --rows or --only, both are done)
+    #[arg(long)]
+    images: bool,
+    /// The qemu-img program
+    #[arg(long, default_value = "qemu-img")]
+    qemu_img: PathBuf,
     /// Make the guests ready, say where they are, and leave
     #[arg(long)]
     prepare: bool,
@@ -78,6 +85,7 @@ Examples:
   make bench                                               everything, three rounds
   make bench ARGS='--rows python,chase-*,boot --rounds 5'
   make bench ARGS='--only ringfort --rounds 1'             Ringfort's times alone, for work on the engine
+  make bench ARGS=--images                                 the image tool beside qemu-img
   make bench ARGS='--only ringfort --accel soft,tier=interp --rows fib'";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -127,7 +135,29 @@ impl Guests {
     }
 }
 
+/// The image tool's rows.
+fn images(cli: &Cli) -> Result<(), String> {
+    let ringfort =
+        std::fs::canonicalize(&cli.ringfort).map_err(|e| format!("{}: {e}", cli.ringfort.display()))?;
+    let images = images::Images {
+        ringfort: &ringfort,
+        qemu_img: &cli.qemu_img,
+        dir: std::env::temp_dir().join(format!("ringfort-bench-images-{}", std::process::id())),
+        rounds: cli.rounds,
+    };
+    let lines = images.measure_all()?;
+    if cli.json {
+        println!("{}", serde_json::to_string_pretty(&lines).map_err(|e| e.to_string())?);
+    } else {
+        print!("{}", images::table(&lines));
+    }
+    Ok(())
+}
+
 fn bench(cli: &Cli) -> Result<(), String> {
+    if cli.images {
+        return images(cli);
+    }
     let rows = rows::select(cli.rows.as_deref())?;
     if cli.list {
         for row in ROWS {
@@ -187,6 +217,10 @@ fn bench(cli: &Cli) -> Result<(), String> {
         println!("{}", serde_json::to_string_pretty(&report).map_err(|e| e.to_string())?);
     } else {
         print!("{}", report.table(&engines));
+    }
+    if cli.rows.is_none() && cli.only.is_empty() {
+        println!();
+        images(cli)?;
     }
     Ok(())
 }
