@@ -217,6 +217,10 @@ impl Copy<'_> {
 
 fn pack_cluster(q: &Qcow2, at: u64, part: &[u8], cluster: usize) -> io::Result<()> {
     let packed = if part.len() < cluster {
+        if at + (part.len() as u64) < q.size() {
+            // Only a part of this cluster is to change.
+            return q.write_at(&[SharedSlice::new(part)], at);
+        }
         // The disk ends in this cluster.
         let mut whole = part.to_vec();
         whole.resize(cluster, 0);

@@ -100,11 +100,7 @@ impl Import {
                 slice_of_mut(bufs, there, len - there).iter().for_each(SharedSliceMut::zero);
             }
             Place::Data(file, at) => {
-                if *at >= file.len() {
-                    return Err(self.damaged(format!("data at {at:#x} lies behind the end of the file")));
-                }
-                // Programs leave out the rest of the last unit: it was never written.
-                let there = (file.len() - at).min(len);
+                let there = self.there(file, *at, len)?;
                 file.read(&slice_of_mut(bufs, 0, there), *at)?;
                 slice_of_mut(bufs, there, len - there).iter().for_each(SharedSliceMut::zero);
             }
@@ -115,6 +111,16 @@ impl Import {
             }
         }
         Ok(())
+    }
+
+    /// The bytes of a piece that the file holds. Of VMDK's last grain the part that was never written is left out; others
+    /// write whole blocks.
+    fn there(&self, file: &FileStorage, at: u64, len: u64) -> io::Result<u64> {
+        let there = file.len().saturating_sub(at).min(len);
+        if there == 0 || there < len && self.layout.format() != Format::Vmdk {
+            return Err(self.damaged(format!("data at {at:#x} lies behind its end: it has been cut short")));
+        }
+        Ok(there)
     }
 
     fn unit(&self, unit: &Unit<'_>) -> io::Result<Arc<[u8]>> {
@@ -189,6 +195,7 @@ impl BlockBackend for Import {
             Place::Zero => Status { zero: true, data: false, ..here },
             Place::Packed(_) => Status { compressed: true, ..here },
             Place::Data(file, at) => {
+                self.there(file, at, n)?;
                 let (n, data) = file.extent(at, n)?;
                 Status { len: n, zero: !data, offset: Some(at), ..here }
             }

@@ -336,6 +336,9 @@ impl Qcow2 {
         let mut m = self.wait_for(self.meta(), g);
         let x = self.extent_in(&mut m, at, left)?;
         let entry = m.entry(g, &self.file)?;
+        if self.own(entry) && !self.shape.external && entry.desc & OFFSET >= m.fresh {
+            return Err(damaged(format!("a data cluster at {:#x} lies behind the end", entry.desc & OFFSET)));
+        }
         if let ExtentKind::Data(host) = x.kind
             && self.own(entry)
         {
