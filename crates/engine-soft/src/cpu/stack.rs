@@ -94,7 +94,11 @@ impl Cpu {
             for (n, v) in values.iter().rev().enumerate() {
                 frame[n * size..(n + 1) * size].copy_from_slice(&v.to_le_bytes()[..size]);
             }
-            self.store_bytes_as(lin, &frame[..total], s.mode)?;
+            if let Err(fault) = self.store_bytes_as(lin, &frame[..total], s.mode) {
+                // The CPU pushes from the top: a fault there comes first, with that slot's address.
+                self.probe_write_as(lin + (total - size) as u64, size, s.mode)?;
+                return Err(fault);
+            }
         } else {
             // A frame that wraps around the end of the stack's address space: slot by slot, after probing every one.
             let at = |n: usize| s.offset(((n as u64 + 1) * size as u64).wrapping_neg());

@@ -53,10 +53,15 @@ pub fn decoder(bytes: &[u8], at: u64, mode: Mode, options: u32) -> Decoder<'_> {
 
 /// Take the next instruction.
 pub fn next(d: &mut Decoder<'_>) -> Fetched {
-    let left = d.max_position() - d.position();
     let i = d.decode();
-    if i.code() == Code::INVALID && d.last_error() == DecoderError::NoMoreBytes {
-        return if left >= 15 { Fetched::TooLong } else { Fetched::Incomplete };
+    if i.code() == Code::INVALID {
+        if d.last_error() == DecoderError::NoMoreBytes {
+            return Fetched::Incomplete;
+        }
+        // With 15 bytes to read it calls what needs more of them invalid, of that length.
+        if i.len() >= 15 {
+            return Fetched::TooLong;
+        }
     }
     Fetched::Instruction(i)
 }
