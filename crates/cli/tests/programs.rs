@@ -148,7 +148,6 @@ fn locked_operations_of_two_vcpus() {
 }
 
 #[test]
-#[ignore = "the translator runs a stale instruction now and then when a program that changes itself moves between vCPUs"]
 fn code_that_changes_itself_on_two_vcpus() {
     same_as_host(2, "soft", &["modify"]);
 }

@@ -107,6 +107,17 @@ impl PageTracker {
         });
     }
 
+    /// Invalidate what is decoded from `page`, as [`drop_code`](Self::drop_code), when stores may have gone unseen that
+    /// were not the caller's. Unlike that it leaves the page one with code: whoever runs code of the page at this moment and stores
+    /// to it must still hear from [`note_write`](Self::note_write) that it changed what it runs.
+    pub fn outdate_code(&self, page: u64) {
+        let word = &self.pages.code[page as usize];
+        let outdate =
+            |w: u32| (w & CODE != 0).then_some((w & GENERATION).wrapping_add(1) & GENERATION | CODE);
+        // A page without code has nothing to invalidate.
+        let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, outdate);
+    }
+
     /// Begin or end dirty logging. The caller makes engines drop their fast store paths afterwards, so that the first
     /// store to each page is seen.
     pub fn set_logging(&self, on: bool) {
@@ -174,6 +185,22 @@ mod tests {
     use super::*;
     use crate::allocate;
     use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn outdated_code_is_still_told_of_writes() {
+        let mem = allocate(&[(0, 0x10000)]).unwrap();
+        let t = crate::RamMap::new(&mem).slots()[0].tracker.clone();
+        assert!(t.allow_fast_writes(2));
+        let (g, fast) = t.begin_code(2);
+        assert!(fast);
+        t.outdate_code(2);
+        assert_eq!(t.generation(2), g + 1);
+        assert!(t.has_code(2) && !t.allow_fast_writes(2));
+        assert!(t.note_write(2) && !t.has_code(2));
+        assert_eq!(t.generation(2), g + 2);
+        t.outdate_code(2);
+        assert_eq!(t.generation(2), g + 2, "no code to outdate");
+    }
 
     #[test]
     fn device_writes_move_the_code_generation() {

@@ -52,7 +52,7 @@ impl Cpu {
         for &gpa in &pages {
             self.mmu.drop_writes_to(gpa);
             if let Some((slot, offset)) = self.mmu.ram.find(gpa) {
-                slot.tracker.drop_code(offset >> ringfort_memory::PAGE_SHIFT);
+                slot.tracker.outdate_code(offset >> ringfort_memory::PAGE_SHIFT);
             }
         }
         self.env.vm.code_sync.outstanding.fetch_sub(pages.len() as u64, Ordering::SeqCst);
