@@ -184,6 +184,11 @@ pub trait NetBackend: Send + Sync {
     /// What the guest's driver can take from now on: a part of [`produces`](Self::produces).
     fn set_offloads(&self, offloads: Offloads);
 
+    /// How many pairs of queues the guest serves from now on; [`max_pairs`](Self::max_pairs) until it says so.
+    fn set_pairs(&self, pairs: u16) {
+        let _ = pairs;
+    }
+
     /// Carry a frame of at most [`MAX_FRAME`] bytes from the guest.
     fn send(&self, pair: u16, header: &VnetHeader, frame: &[u8]) -> Sent;
 

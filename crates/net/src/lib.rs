@@ -2,13 +2,26 @@
 //!
 //! - [`NetBackend`]: what every back end is to a device; it is in no way tied to virtio.
 //! - [`user`]: a router with NAT in this process.
+//! - [`tap`]: a network device of the host, alone or on a bridge.
+//! - [`stream`]: other machines over stream sockets and datagrams, QEMU's included.
+//! - `guard`: limits and checks in front of any of them.
+//! - `managed`: networks of the host that guests share: a bridge with addresses, NAT, DHCP and DNS.
 
 mod backend;
+mod error;
 mod mac;
+pub mod netlink;
 mod pcap;
+mod poller;
+pub mod stream;
 mod sys;
+pub mod tap;
+#[cfg(test)]
+mod testing;
 pub mod user;
 mod wire;
 
 pub use backend::{GsoKind, MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, VnetHeader};
+pub use error::NetError;
 pub use mac::{MacAddr, MacError};
+pub use tap::{Tap, TapConfig};
