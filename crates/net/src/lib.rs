@@ -4,11 +4,13 @@
 //! - [`user`]: a router with NAT in this process.
 //! - [`tap`]: a network device of the host, alone or on a bridge.
 //! - [`stream`]: other machines over stream sockets and datagrams, QEMU's included.
-//! - `guard`: limits and checks in front of any of them.
+//! - [`guard`]: limits and checks in front of any of them.
 //! - `managed`: networks of the host that guests share: a bridge with addresses, NAT, DHCP and DNS.
 
 mod backend;
 mod error;
+pub mod guard;
+pub mod hash;
 mod mac;
 pub mod netlink;
 mod pcap;

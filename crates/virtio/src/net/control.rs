@@ -3,8 +3,8 @@
 use super::filter::{MAX_ADDRESSES, Table};
 use super::{
     F_CTRL_GUEST_OFFLOADS, F_CTRL_MAC_ADDR, F_CTRL_RX, F_CTRL_RX_EXTRA, F_CTRL_VLAN, F_GUEST_ANNOUNCE,
-    F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_USO4, F_GUEST_USO6, F_MQ, Net, S_ANNOUNCE,
-    State,
+    F_GUEST_CSUM, F_GUEST_ECN, F_GUEST_TSO4, F_GUEST_TSO6, F_GUEST_USO4, F_GUEST_USO6, F_HASH_REPORT, F_MQ,
+    F_RSS, Net, RssState, S_ANNOUNCE, State,
 };
 use crate::{Chain, Queue, QueueError, Served};
 use ringfort_bus::lock;
@@ -56,18 +56,30 @@ impl Net {
             let Some(head) = chain.read_array::<2>(0).filter(|_| chain.writable() > 0) else {
                 return Err(QueueError::Shape);
             };
-            let mut change = None;
+            let (mut change, mut pairs, mut rss) = (None, None, None);
             let ack = {
                 let mut s = lock(&self.state);
-                let before = s.control.offloads;
+                let before = s.control;
                 let done = command(&mut s, self.options.pairs, head, &chain).is_some();
-                if s.control.offloads != before {
+                if s.control.offloads != before.offloads {
                     change = Some(offloads(s.control.offloads));
+                }
+                if s.control.pairs != before.pairs {
+                    pairs = Some(s.control.pairs);
+                }
+                if done && head[0] == 4 {
+                    rss = Some(s.rss.clone());
                 }
                 if done { OK } else { ERR }
             };
             if let Some(o) = change {
                 self.backend.set_offloads(o);
+            }
+            if let Some(r) = rss {
+                self.follow_rss(&r);
+            }
+            if let Some(n) = pairs {
+                self.backend.set_pairs(n);
             }
             chain.write(0, &[ack]);
             queue.complete(chain, 1);
@@ -132,6 +144,20 @@ fn command(s: &mut State, most_pairs: u16, [class, number]: [u8; 2], chain: &Cha
             let pairs = u16::from_le_bytes(chain.read_array(2)?);
             (1..=most_pairs).contains(&pairs).then_some(())?;
             s.control.pairs = pairs;
+            // The device spreads frames as it likes again (section 5.1.6.5.5); hashes are still reported.
+            s.rss.table.clear();
+        }
+        (4, 1) => {
+            allowed(F_RSS)?;
+            let (rss, transmit) = RssState::from_rss(chain, most_pairs)?;
+            let most = rss.table.iter().chain([&rss.default]).max().map_or(0, |&q| q + 1);
+            s.control.pairs = transmit.max(most);
+            s.rss = rss;
+        }
+        (4, 2) => {
+            allowed(F_HASH_REPORT)?;
+            let hash = RssState::from_hash(chain)?;
+            (s.rss.types, s.rss.key) = (hash.types, hash.key);
         }
         (5, 0) => {
             allowed(F_CTRL_GUEST_OFFLOADS)?;

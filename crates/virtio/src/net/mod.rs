@@ -5,6 +5,7 @@
 
 mod control;
 mod filter;
+mod rss;
 #[cfg(test)]
 mod tests;
 
@@ -12,8 +13,10 @@ use crate::{Chain, Grouping, Queue, QueueError, Quick, Served, Signals, VirtioDe
 use control::ControlState;
 use filter::Filter;
 use ringfort_bus::lock;
-use ringfort_net::{MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, VnetHeader};
+use ringfort_net::{MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, VnetHeader, hash};
+use rss::{RssState, Scaling, Verdict};
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -41,6 +44,8 @@ const F_CTRL_MAC_ADDR: u64 = 1 << 23;
 const F_GUEST_USO4: u64 = 1 << 54;
 const F_GUEST_USO6: u64 = 1 << 55;
 const F_HOST_USO: u64 = 1 << 56;
+const F_HASH_REPORT: u64 = 1 << 57;
+const F_RSS: u64 = 1 << 60;
 
 /// Entries of each receive and transmit queue.
 const QUEUE_SIZE: u16 = 256;
@@ -52,6 +57,10 @@ pub const MAX_PAIRS: u16 = 16;
 const MIN_MTU: u16 = 68;
 /// Bytes of the header in front of each frame.
 const HEADER: usize = VnetHeader::LEN;
+/// Bytes of the hash report that may follow it.
+const REPORT: usize = 8;
+/// Most frames that wait for a queue which another one's thread has taken them for.
+const MAX_INBOX: usize = 256;
 /// Most bytes that a vCPU hands on at one ring of the doorbell; more is the I/O thread's.
 const QUICK_BYTES: u64 = 256 << 10;
 /// Shortest frame that has an Ethernet header.
@@ -72,6 +81,8 @@ pub struct NetOptions {
     pub pairs: u16,
     /// The MTU that the driver is told, if any; otherwise the back end's.
     pub mtu: Option<u16>,
+    /// Offer receive-side scaling and hash reports. They cost a hash of each frame when the driver takes them.
+    pub rss: bool,
 }
 
 /// Frames and bytes that passed a pair of queues.
@@ -107,12 +118,21 @@ pub struct Statistics {
 struct Receive {
     frame: Vec<u8>,
     /// The frame is whole and waits for the driver's buffers.
-    pending: Option<VnetHeader>,
+    pending: Option<(VnetHeader, Verdict)>,
+}
+
+/// A frame that came by another queue than its own.
+struct Moved {
+    header: VnetHeader,
+    verdict: Verdict,
+    frame: Vec<u8>,
 }
 
 #[derive(Default)]
 struct Pair {
     receive: Mutex<Receive>,
+    /// What other pairs' threads took for this one.
+    inbox: Mutex<VecDeque<Moved>>,
     transmit: Mutex<Vec<u8>>,
     counters: Counters,
 }
@@ -124,6 +144,7 @@ struct State {
     mac: [u8; 6],
     control: ControlState,
     filter: Filter,
+    rss: RssState,
 }
 
 /// A network device.
@@ -135,6 +156,8 @@ pub struct Net {
     state: Mutex<State>,
     /// The features of [`State`], for the way of the frames.
     features: AtomicU64,
+    /// How frames are spread, if the driver wants that.
+    scaling: Mutex<Option<Arc<Scaling>>>,
     signals: OnceLock<Arc<Signals>>,
 }
 
@@ -198,8 +221,10 @@ impl Net {
                 mac: options.mac,
                 control: ControlState::default(),
                 filter: Filter::default(),
+                rss: RssState::default(),
             }),
             features: AtomicU64::new(0),
+            scaling: Mutex::new(None),
             backend,
             options,
             mtu,
@@ -274,9 +299,20 @@ impl Net {
         }
     }
 
+    /// Bytes in front of each frame.
+    fn header_len(&self) -> usize {
+        if self.has(F_HASH_REPORT) { HEADER + REPORT } else { HEADER }
+    }
+
+    /// Spread frames as the state says from now on.
+    fn follow_rss(&self, state: &RssState) {
+        let wanted = state.types != 0 || !state.table.is_empty();
+        *lock(&self.scaling) = wanted.then(|| Arc::new(Scaling::new(state)));
+    }
+
     /// The control queue's number: behind the pairs that there are, or behind the first (section 5.1.2).
     fn control_queue(&self) -> u16 {
-        if self.has(F_MQ) { 2 * self.options.pairs } else { 2 }
+        if self.has(F_MQ | F_RSS) { 2 * self.options.pairs } else { 2 }
     }
 
     fn transmit(&self, queue: &mut Queue, pair: usize, mut budget: u64) -> Result<Served, QueueError> {
@@ -284,16 +320,17 @@ impl Net {
         let counters = &self.pairs[pair].counters;
         let accepted = self.accepted();
         let up = lock(&self.state).status & S_LINK_UP != 0;
+        let before = self.header_len() as u64;
         let mut sent = false;
         let outcome = loop {
             let Some(chain) = queue.pop()? else { break Served::Drained };
-            let len = chain.readable().saturating_sub(HEADER as u64);
+            let len = chain.readable().saturating_sub(before);
             if len > budget {
                 queue.undo_pop(chain);
                 break Served::Waiting;
             }
             budget -= len;
-            match read_frame(&chain, accepted, &mut frame) {
+            match read_frame(&chain, before, accepted, &mut frame) {
                 Some(header) if up => {
                     if self.backend.send(pair as u16, &header, &frame) == Sent::Full {
                         queue.undo_pop(chain);
@@ -322,19 +359,14 @@ impl Net {
                 break Served::Waiting;
             }
             let Receive { frame, pending } = &mut *r;
-            let header = match *pending {
-                Some(h) => h,
-                None => {
-                    let Some(h) = self.backend.receive(pair as u16, frame) else { break Served::Waiting };
-                    if !self.wanted(frame) {
-                        counters.rx_dropped.fetch_add(1, Ordering::Relaxed);
-                        continue;
-                    }
-                    *pending = Some(h);
-                    h
-                }
+            let (header, verdict) = match *pending {
+                Some(p) => p,
+                None => match self.next_frame(pair, frame) {
+                    Some(p) => *pending.insert(p),
+                    None => break Served::Waiting,
+                },
             };
-            match self.place(queue, &header, frame)? {
+            match self.place(queue, &header, &verdict, frame)? {
                 Placed::Done => {
                     counters.rx_frames.fetch_add(1, Ordering::Relaxed);
                     counters.rx_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
@@ -354,6 +386,38 @@ impl Net {
         Ok(outcome)
     }
 
+    /// The next frame for the driver's queue of this pair. Those that belong to other pairs are left to them.
+    fn next_frame(&self, pair: usize, frame: &mut Vec<u8>) -> Option<(VnetHeader, Verdict)> {
+        loop {
+            if let Some(m) = lock(&self.pairs[pair].inbox).pop_front() {
+                *frame = m.frame;
+                return Some((m.header, m.verdict));
+            }
+            let header = self.backend.receive(pair as u16, frame)?;
+            if !self.wanted(frame) {
+                self.pairs[pair].counters.rx_dropped.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            let scaling = lock(&self.scaling).clone();
+            let verdict = scaling.map(|s| s.judge(frame)).unwrap_or_default();
+            match verdict.pair.map(usize::from) {
+                Some(other) if other != pair && other < self.pairs.len() => {
+                    let mut inbox = lock(&self.pairs[other].inbox);
+                    if inbox.len() < MAX_INBOX {
+                        inbox.push_back(Moved { header, verdict, frame: std::mem::take(frame) });
+                    } else {
+                        self.pairs[other].counters.rx_dropped.fetch_add(1, Ordering::Relaxed);
+                    }
+                    drop(inbox);
+                    if let Some(s) = self.signals.get() {
+                        s.kick(2 * other as u16);
+                    }
+                }
+                _ => return Some((header, verdict)),
+            }
+        }
+    }
+
     fn wanted(&self, frame: &[u8]) -> bool {
         let s = lock(&self.state);
         s.status & S_LINK_UP != 0 && s.filter.wants(frame, &s.mac, s.features & F_CTRL_VLAN != 0)
@@ -361,8 +425,15 @@ impl Net {
 
     /// Put a frame into the driver's buffers: into one chain, or as many as it needs with mergeable buffers
     /// (section 5.1.6.4).
-    fn place(&self, queue: &mut Queue, header: &VnetHeader, frame: &[u8]) -> Result<Placed, QueueError> {
-        let need = (HEADER + frame.len()) as u64;
+    fn place(
+        &self,
+        queue: &mut Queue,
+        header: &VnetHeader,
+        verdict: &Verdict,
+        frame: &[u8],
+    ) -> Result<Placed, QueueError> {
+        let before = self.header_len();
+        let need = (before + frame.len()) as u64;
         let mut chains: Vec<Chain> = Vec::with_capacity(1);
         let mut room = 0;
         while room < need {
@@ -372,7 +443,7 @@ impl Net {
                 return Ok(Placed::NoBuffers(seen));
             };
             // A driver of empty buffers would have us collect without end.
-            if (chains.is_empty() && chain.writable() < HEADER as u64) || chains.len() == MAX_MERGED {
+            if (chains.is_empty() && chain.writable() < before as u64) || chains.len() == MAX_MERGED {
                 return Err(QueueError::Shape);
             }
             room += chain.writable();
@@ -383,12 +454,15 @@ impl Net {
                 return Ok(Placed::TooLong);
             }
         }
-        let raw = header.encode(chains.len() as u16);
+        let mut raw = [0; HEADER + REPORT];
+        raw[..HEADER].copy_from_slice(&header.encode(chains.len() as u16));
+        raw[HEADER..HEADER + 4].copy_from_slice(&verdict.hash.to_le_bytes());
+        raw[HEADER + 4..HEADER + 6].copy_from_slice(&verdict.report.to_le_bytes());
         let mut rest = frame;
         for (n, chain) in chains.into_iter().enumerate() {
             let mut written = 0;
             if n == 0 {
-                written = chain.write(0, &raw);
+                written = chain.write(0, &raw[..before]);
             }
             let done = chain.write(written as u64, rest);
             rest = &rest[done..];
@@ -411,15 +485,15 @@ enum Placed {
 }
 
 /// Copy a frame from a chain and read its header. `None` if it breaks a rule.
-fn read_frame(chain: &Chain, accepted: Offloads, frame: &mut Vec<u8>) -> Option<VnetHeader> {
+fn read_frame(chain: &Chain, before: u64, accepted: Offloads, frame: &mut Vec<u8>) -> Option<VnetHeader> {
     let raw = chain.read_array::<HEADER>(0)?;
-    let len = chain.readable() - HEADER as u64;
+    let len = chain.readable().checked_sub(before)?;
     if !(MIN_FRAME..=MAX_FRAME as u64).contains(&len) {
         return None;
     }
     // At most MAX_FRAME bytes, whatever the guest says.
     frame.resize(len as usize, 0);
-    chain.read(HEADER as u64, frame);
+    chain.read(before, frame);
     VnetHeader::decode(&raw, frame.len(), accepted)
 }
 
@@ -448,6 +522,9 @@ impl VirtioDevice for Net {
             | F_GUEST_ANNOUNCE;
         if self.options.pairs > 1 {
             f |= F_MQ;
+        }
+        if self.options.rss {
+            f |= F_HASH_REPORT | if self.options.pairs > 1 { F_RSS } else { 0 };
         }
         if self.mtu.is_some() {
             f |= F_MTU;
@@ -484,7 +561,7 @@ impl VirtioDevice for Net {
 
     /// Section 5.1.4.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let mut image = [0; 12];
+        let mut image = [0; 24];
         {
             let s = lock(&self.state);
             image[..6].copy_from_slice(&s.mac);
@@ -492,6 +569,11 @@ impl VirtioDevice for Net {
         }
         image[8..10].copy_from_slice(&self.options.pairs.to_le_bytes());
         image[10..12].copy_from_slice(&self.mtu.unwrap_or(0).to_le_bytes());
+        if self.options.rss {
+            image[17] = hash::KEY_LEN as u8;
+            image[18..20].copy_from_slice(&rss::MAX_TABLE.to_le_bytes());
+            image[20..24].copy_from_slice(&hash::types::ALL.to_le_bytes());
+        }
         for (at, b) in (offset..image.len() as u64).zip(data) {
             *b = image[at as usize];
         }
@@ -510,6 +592,8 @@ impl VirtioDevice for Net {
         };
         self.features.store(features, Ordering::Relaxed);
         self.backend.set_offloads(offloads);
+        // Until the driver says otherwise (section 5.1.6.5.5).
+        self.backend.set_pairs(1);
     }
 
     fn service(&self, queue: &mut Queue) -> Result<Served, QueueError> {
@@ -551,12 +635,15 @@ impl VirtioDevice for Net {
                 mac: self.options.mac,
                 control: ControlState::default(),
                 filter: Filter::default(),
+                rss: RssState::default(),
             };
         }
+        *lock(&self.scaling) = None;
         self.features.store(0, Ordering::Relaxed);
         self.backend.set_offloads(Offloads::default());
         for p in &self.pairs {
             lock(&p.receive).pending = None;
+            lock(&p.inbox).clear();
         }
     }
 
@@ -567,6 +654,7 @@ impl VirtioDevice for Net {
     fn load(&self, state: &[u8]) -> Result<(), String> {
         let saved: State = crate::transport::decode(state)?;
         saved.filter.check()?;
+        saved.rss.check(self.options.pairs)?;
         if !(1..=self.options.pairs).contains(&saved.control.pairs) {
             return Err("more pairs of queues than the device has".into());
         }
@@ -575,8 +663,11 @@ impl VirtioDevice for Net {
         }
         let offloads = control::offloads(saved.control.offloads);
         self.features.store(saved.features, Ordering::Relaxed);
+        self.follow_rss(&saved.rss);
+        let pairs = saved.control.pairs;
         *lock(&self.state) = saved;
         self.backend.set_offloads(offloads);
+        self.backend.set_pairs(pairs);
         Ok(())
     }
 }

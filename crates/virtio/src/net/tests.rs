@@ -15,6 +15,7 @@ struct Wire {
     sent: Mutex<Vec<(u16, VnetHeader, Vec<u8>)>>,
     inbound: Mutex<VecDeque<(VnetHeader, Vec<u8>)>>,
     offloads: Mutex<Offloads>,
+    pairs: AtomicU64,
     events: OnceLock<Arc<dyn NetEvents>>,
     full: std::sync::atomic::AtomicBool,
     flushed: AtomicU64,
@@ -37,6 +38,9 @@ impl NetBackend for Wire {
     }
     fn set_offloads(&self, offloads: Offloads) {
         *lock(&self.offloads) = offloads;
+    }
+    fn set_pairs(&self, pairs: u16) {
+        self.pairs.store(pairs.into(), Ordering::SeqCst);
     }
     fn send(&self, pair: u16, header: &VnetHeader, frame: &[u8]) -> Sent {
         if self.full.load(Ordering::SeqCst) {
@@ -74,7 +78,7 @@ fn frame_to(to: [u8; 6], len: usize) -> Vec<u8> {
 
 fn net(pairs: u16) -> (Arc<Wire>, Arc<Net>) {
     let wire = Arc::new(Wire::default());
-    let net = Net::new(wire.clone(), NetOptions { mac: MAC, pairs, mtu: Some(1500) }).unwrap();
+    let net = Net::new(wire.clone(), NetOptions { mac: MAC, pairs, mtu: Some(1500), rss: false }).unwrap();
     (wire, net)
 }
 
@@ -90,8 +94,9 @@ fn control(rig: &mut Rig, queue: u16, command: &[u8]) -> u8 {
 
 #[test]
 fn options_out_of_range_are_refused() {
-    let make =
-        |mac, pairs, mtu| Net::new(Arc::new(Wire::default()), NetOptions { mac, pairs, mtu }).map(drop);
+    let make = |mac, pairs, mtu| {
+        Net::new(Arc::new(Wire::default()), NetOptions { mac, pairs, mtu, rss: false }).map(drop)
+    };
     assert!(make(MAC, 5, None).unwrap_err().contains("1 to 4"));
     assert!(make(MAC, 0, None).is_err());
     assert!(make(GROUP, 1, None).unwrap_err().contains("unicast"));
@@ -429,6 +434,103 @@ fn pairs_serve_once_they_are_switched_on() {
     assert_eq!(control(&mut rig, 4, &[4, 0, 2, 0]), 0);
     rig.used(3);
     assert_eq!(lock(&wire.sent)[0].0, 1);
+}
+
+/// A frame of TCP over IPv4 between these ports.
+fn tcp(from: u16, to: u16) -> Vec<u8> {
+    let mut f = frame_to(MAC, 70);
+    f[14..34].copy_from_slice(&[0x45, 0, 0, 56, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    f[34..36].copy_from_slice(&from.to_be_bytes());
+    f[36..38].copy_from_slice(&to.to_be_bytes());
+    f
+}
+
+#[test]
+fn flows_are_spread_by_the_drivers_table_and_their_hash_is_told() {
+    let wire = Arc::new(Wire::default());
+    let options = NetOptions { mac: MAC, pairs: 4, mtu: None, rss: true };
+    let device = Net::new(wire.clone(), options).unwrap();
+    let mut rig = Rig::new(device.clone(), F_CTRL_VQ | F_MQ | F_RSS | F_HASH_REPORT);
+    let mut config = [0; 24];
+    rig.core.read_config(0, &mut config);
+    assert_eq!(config[17..], [40, 128, 0, 0x3f, 0, 0, 0]);
+    const Q: u16 = 8;
+    let key: Vec<u8> = (1..=40).collect();
+    let command = |types: u32, table: &[u16], default: u16, transmit: u16, key: &[u8]| {
+        let mut c = vec![4, 1];
+        c.extend(types.to_le_bytes());
+        c.extend((table.len() as u16).wrapping_sub(1).to_le_bytes());
+        c.extend(default.to_le_bytes());
+        table.iter().for_each(|t| c.extend(t.to_le_bytes()));
+        c.extend(transmit.to_le_bytes());
+        c.push(key.len() as u8);
+        c.extend(key);
+        c
+    };
+    for bad in [
+        command(0x40, &[0], 0, 1, &key),
+        command(2, &[0, 1, 2], 0, 1, &key),
+        command(2, &[0, 4], 0, 1, &key),
+        command(2, &[0], 4, 1, &key),
+        command(2, &[0], 0, 5, &key),
+        command(2, &[0], 0, 0, &key),
+        command(2, &[0], 0, 1, &[0; 41]),
+        command(2, &[], 0, 1, &key),
+        command(2, &[0; 256], 0, 1, &key),
+        command(2, &[0], 0, 1, &key)[..20].to_vec(),
+    ] {
+        assert_eq!(control(&mut rig, Q, &bad), 1, "{bad:?}");
+    }
+    assert_eq!(control(&mut rig, Q, &command(types_tcp(), &[1, 2], 3, 4, &key)), 0);
+    assert_eq!(wire.pairs.load(Ordering::SeqCst), 4);
+    let toeplitz = hash::Toeplitz::new(&key);
+    for n in 1..4 {
+        (0..4).for_each(|i| {
+            rig.send(2 * n, &[(BUFFERS + u64::from(n) * 0x8000 + i * 0x1000, 1000, true)]);
+        });
+    }
+    let mut counts = [0u16; 4];
+    for port in 0..4u16 {
+        let frame = tcp(1000 + port, 80);
+        let (value, _) = toeplitz.of_frame(&frame, types_tcp()).unwrap();
+        let to = [1, 2][value as usize & 1];
+        wire.give(VnetHeader::default(), frame.clone());
+        let (_, len) = rig.used(2 * to);
+        let at = BUFFERS + u64::from(to) * 0x8000 + u64::from(counts[usize::from(to)]) * 0x1000;
+        counts[usize::from(to)] += 1;
+        assert_eq!(len, 20 + 70);
+        let header = rig.read(at, 20);
+        assert_eq!((&header[12..16], &header[16..18]), (&value.to_le_bytes()[..], &[2, 0][..]));
+        assert!(rig.read(at + 20, 70) == frame);
+    }
+    // What has no hash goes to the default queue, and says that it has none.
+    wire.give(VnetHeader::default(), frame_to(MAC, 60));
+    rig.used(6);
+    assert_eq!(rig.read(BUFFERS + 3 * 0x8000 + 12, 6), [0; 6]);
+    // Both directions have the longer header.
+    rig.write(BUFFERS, &[VnetHeader::default().encode(0).as_slice(), &[0; 8], &frame_to(OTHER, 60)].concat());
+    rig.send(1, &[(BUFFERS, 80, false)]);
+    rig.used(1);
+    assert_eq!(lock(&wire.sent)[0].2, frame_to(OTHER, 60));
+    // Without scaling, hashes are still told: of addresses now.
+    assert_eq!(control(&mut rig, Q, &[4, 0, 1, 0]), 0);
+    assert_eq!(
+        control(&mut rig, Q, &[&[4, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 40][..], &key].concat()),
+        0
+    );
+    rig.send(0, &[(BUFFERS, 1000, true)]);
+    wire.give(VnetHeader::default(), tcp(1, 2));
+    rig.used(0);
+    assert_eq!(rig.read(BUFFERS + 16, 2), [1, 0]);
+    let saved = device.save();
+    device.load(&saved).unwrap();
+    let mut s = lock(&device.state).clone();
+    s.rss.table = vec![0; 3];
+    assert!(device.load(&crate::transport::encode(&s)).is_err());
+}
+
+fn types_tcp() -> u32 {
+    hash::types::TCPV4
 }
 
 #[test]
