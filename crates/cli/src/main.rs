@@ -3,6 +3,7 @@
 
 mod doctor;
 mod exit;
+mod net;
 mod progress;
 mod restore;
 mod run;
@@ -22,6 +23,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Net(net::NetArgs),
     Restore(Box<restore::RestoreArgs>),
     /// Look into a saved state
     #[command(subcommand)]
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Run(args) => args.run(),
+        Command::Net(args) => args.run(),
         Command::Restore(args) => args.run(),
         Command::State(command) => command.run(),
         Command::Doctor { json } => doctor::run(json),

@@ -49,7 +49,7 @@ pub struct RunArgs {
     /// Virtio console (the guest's hvc0): where, as for --serial
     #[arg(long, value_name = "WHERE", default_value = "none")]
     console: Serial,
-    /// A network card: user (the default), or none; with options as below; may be repeated
+    /// A network card: user (the default), tap, bridge=NAME, stream, dgram or none; with options as below; may be repeated
     #[arg(long, value_name = "KIND[,OPTIONS]")]
     net: Vec<NetOption>,
     /// Leave when the guest resets, with status 3, instead of booting it again
@@ -91,8 +91,16 @@ Networks (--net):
            hostname=NAME  domainname=NAME  dnssearch=NAME (may be repeated)
            tftp=FOLDER  bootfile=NAME   for guests that boot from the network
            dump=FILE             record all frames for Wireshark or tcpdump
+  tap    a network device of the host (root, or a tap that is yours):
+           ifname=NAME  bridge=NAME  isolated=on (no word with other isolated guests)  queues=N  fd=N (may be repeated)
+  bridge=NAME   a tap on that bridge, which is made if there is none and goes with its last guest. Without root,
+         ringfort-bridge-helper does it for bridges that /etc/ringfort/bridge.conf allows; helper=PATH names another
+  stream a cable over a stream socket, to QEMU's `-netdev stream`, too:  addr=unix:PATH|tcp:HOST:PORT  server=on  reconnect=SECONDS
+  dgram  the same over datagrams:  local=unix:PATH|udp:HOST:PORT  remote=unix:PATH|udp:HOST:PORT (a multicast group is a hub)
   none   no network card
-  For all: mac=52:54:00:12:34:56  mtu=N  model=virtio-net
+  For all: mac=52:54:00:12:34:56  mtu=N  model=virtio-net|e1000e  rss=on
+           tx-rate=BYTES  tx-packets=N  rx-rate=BYTES  rx-packets=N   limits per second from and to the guest; -burst for each
+           macguard=on           what the guest sends from other addresses than its own is lost
 
 Keys of --disk, as QEMU's -drive has them (the first value is the default):
   format=raw|qcow2        found out from the image if not given

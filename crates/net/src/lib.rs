@@ -5,13 +5,14 @@
 //! - [`tap`]: a network device of the host, alone or on a bridge.
 //! - [`stream`]: other machines over stream sockets and datagrams, QEMU's included.
 //! - [`guard`]: limits and checks in front of any of them.
-//! - `managed`: networks of the host that guests share: a bridge with addresses, NAT, DHCP and DNS.
+//! - [`managed`]: networks of the host that guests share: a bridge with addresses, NAT, DHCP and DNS.
 
 mod backend;
 mod error;
 pub mod guard;
 pub mod hash;
 mod mac;
+pub mod managed;
 pub mod netlink;
 mod pcap;
 mod poller;

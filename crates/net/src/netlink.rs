@@ -231,13 +231,39 @@ impl Netlink {
         });
         self.tell(m)?;
         let index = index_of(name)?;
-        let mut m = Message::link(libc::RTM_NEWLINK, libc::NLM_F_ACK, 0, index, false);
-        m.text(IFLA_IFALIAS, alias);
-        if let Err(e) = self.tell(m) {
+        if let Err(e) = self.set_alias(index, alias) {
             let _ = self.delete(index);
             return Err(e);
         }
         Ok(index)
+    }
+
+    /// A remark on a link, for people and programs.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn set_alias(&mut self, index: u32, alias: &str) -> io::Result<()> {
+        let mut m = Message::link(libc::RTM_NEWLINK, libc::NLM_F_ACK, 0, index, false);
+        m.text(IFLA_IFALIAS, alias);
+        self.tell(m)
+    }
+
+    /// A socket that has something to read whenever a link has changed; what that was is to be looked up.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn watch() -> io::Result<OwnedFd> {
+        let netlink = Netlink::open()?;
+        // SAFETY: an all-zero address is a valid value.
+        let mut at: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        at.nl_family = libc::AF_NETLINK as u16;
+        at.nl_groups = libc::RTMGRP_LINK as u32;
+        let len = size_of::<libc::sockaddr_nl>() as u32;
+        // SAFETY: the address is valid for its length.
+        if unsafe { libc::bind(netlink.socket.as_raw_fd(), (&raw const at).cast(), len) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(netlink.socket)
     }
 
     /// Remove a link.

@@ -33,6 +33,8 @@ use std::sync::Arc;
 
 /// Everything of one VM, paused.
 pub struct Machine {
+    /// Dropped first: see there.
+    _unplug: Unplug,
     pub(crate) config: VmConfig,
     /// Name of the engine.
     pub(crate) engine: &'static str,
@@ -56,6 +58,25 @@ pub struct Machine {
     /// Dropped after the vCPUs, so that what the guest said last is written.
     lines: Lines,
     timers: TimerService,
+}
+
+/// Takes devices off the machine when it goes. The machine and the engine's VM hold each other, so what the devices have of the host
+/// (links, sockets, files) would otherwise stay until the process ends, and then be left behind.
+struct Unplug(Arc<Pc>);
+
+impl Drop for Unplug {
+    fn drop(&mut self) {
+        for (bdf, _) in self.0.pci().functions() {
+            self.0.pci().remove(bdf);
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Nobody may be at a device that goes.
+        self.pause();
+    }
 }
 
 fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> VmmError {
@@ -112,6 +133,7 @@ impl Machine {
             log: Arc::new(move |line| log.line(line)),
         };
         let pc = Pc::new(config_of_pc, &timers)?;
+        let unplug = Unplug(pc.clone());
         if let Some(port) = pc.serial().first() {
             lines::join_serial(port, &mut lines.serial, &room, &hold).map_err(VmmError::Serial)?;
         }
@@ -149,6 +171,7 @@ impl Machine {
         place(&vcpus, &config.placement)?;
 
         let mut machine = Machine {
+            _unplug: unplug,
             config: config.clone(),
             engine: engine.name(),
             cpus,

@@ -1,6 +1,7 @@
 //! Where sockets are: `unix:PATH`, `tcp:HOST:PORT`, `udp:HOST:PORT`.
 
 use crate::NetError;
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -14,7 +15,8 @@ use std::time::Duration;
 const LONGEST_PATH: usize = 107;
 
 /// A stream socket's place.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum StreamAddress {
     /// A unix socket.
     Unix(PathBuf),
@@ -23,7 +25,8 @@ pub enum StreamAddress {
 }
 
 /// A datagram socket's place.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum DatagramAddress {
     /// A unix socket.
     Unix(PathBuf),
@@ -164,5 +167,31 @@ impl StreamAddress {
         if let StreamAddress::Unix(p) = self {
             let _ = std::fs::remove_file(p);
         }
+    }
+}
+
+impl TryFrom<String> for StreamAddress {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<StreamAddress> for String {
+    fn from(a: StreamAddress) -> String {
+        a.to_string()
+    }
+}
+
+impl TryFrom<String> for DatagramAddress {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<DatagramAddress> for String {
+    fn from(a: DatagramAddress) -> String {
+        a.to_string()
     }
 }

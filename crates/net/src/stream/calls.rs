@@ -37,3 +37,4 @@ pub fn send(fd: RawFd, pieces: &[&[u8]]) -> io::Result<usize> {
     // SAFETY: the pieces are valid for their lengths, and are only read. A closed socket gives an error, no signal.
     let n = unsafe { libc::sendmsg(fd, &m, libc::MSG_NOSIGNAL) };
     if n < 0 { Err(io::Error::last_os_error()) } else { Ok(n as usize) }
+}

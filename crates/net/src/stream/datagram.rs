@@ -4,6 +4,7 @@ use super::address::{self, DatagramAddress};
 use crate::poller::Poller;
 use crate::{MAX_FRAME, NetBackend, NetError, NetEvents, Offloads, Sent, VnetHeader};
 use ringfort_bus::lock;
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -15,12 +16,29 @@ use std::sync::{Arc, Mutex, OnceLock};
 const OWN: usize = 8;
 
 /// Where datagrams come in and go to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DatagramConfig {
     /// Where they come in. With a group it is the address of the interface to be used, and may be left out.
     pub local: Option<DatagramAddress>,
     /// Where they go to: another machine, or a group.
     pub remote: DatagramAddress,
+}
+
+impl DatagramConfig {
+    /// What is wrong with it: the option, and what to do.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        match (&self.local, &self.remote) {
+            (None, DatagramAddress::Unix(_)) => {
+                vec![("local", "give unix:PATH for where frames come in".into())]
+            }
+            (Some(DatagramAddress::Unix(_)), DatagramAddress::Udp(_))
+            | (Some(DatagramAddress::Udp(_)), DatagramAddress::Unix(_)) => {
+                vec![("local", "give both as unix: or both as udp:".into())]
+            }
+            _ => Vec::new(),
+        }
+    }
 }
 
 /// A cable, or a hub (a multicast group), over datagrams.
@@ -41,6 +59,9 @@ impl Datagrams {
     /// # Errors
     /// [`NetError`]; nothing is left behind then.
     pub fn new(config: &DatagramConfig) -> Result<Datagrams, NetError> {
+        if let Some((option, what)) = config.problems().into_iter().next() {
+            return Err(NetError::Option { option, what });
+        }
         let fail = |what: String| NetError::advise(what, "; choose another address");
         let (socket, to, group, path) = match (&config.local, &config.remote) {
             (Some(DatagramAddress::Unix(at)), DatagramAddress::Unix(to)) => {
@@ -60,23 +81,16 @@ impl Datagrams {
                     Some(DatagramAddress::Udp(at)) => {
                         Some(address::look_up(at).map_err(NetError::host(format!("udp:{at}")))?)
                     }
-                    None => None,
-                    Some(DatagramAddress::Unix(_)) => {
-                        return Err(NetError::Option {
-                            option: "local",
-                            what: "give both as unix: or both as udp:".into(),
-                        });
-                    }
+                    _ => None,
                 };
                 let group = to.ip().is_multicast();
                 let s = if group { join(to, local) } else { bind(to, local) };
                 (s.map_err(fail(shown))?, SockAddr::from(to), group, None)
             }
-            (None, DatagramAddress::Unix(_)) | (Some(DatagramAddress::Udp(_)), DatagramAddress::Unix(_)) => {
-                return Err(NetError::Option {
-                    option: "local",
-                    what: "give unix:PATH for where frames come in".into(),
-                });
+            // Refused above.
+            (_, DatagramAddress::Unix(to)) => {
+                let what = format!("unix:{}: there is no local socket", to.display());
+                return Err(NetError::Option { option: "local", what });
             }
         };
         let events: Arc<OnceLock<Arc<dyn NetEvents>>> = Arc::default();

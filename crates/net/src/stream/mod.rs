@@ -9,11 +9,13 @@ mod tests;
 mod wire;
 
 pub use address::{DatagramAddress, StreamAddress};
+pub(crate) use calls::receive;
 pub use datagram::{DatagramConfig, Datagrams};
 pub use wire::{Frames, Scan};
 
 use crate::{NetBackend, NetError, NetEvents, Offloads, Sent, VnetHeader};
 use ringfort_bus::lock;
+use serde::{Deserialize, Serialize};
 use socket2::Socket;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -33,7 +35,8 @@ const LISTENER: u64 = 1;
 const CONNECTION: u64 = 2;
 
 /// How to find the other machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct StreamConfig {
     /// Where.
     pub address: StreamAddress,

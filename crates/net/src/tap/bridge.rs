@@ -11,6 +11,9 @@ use std::path::Path;
 /// The remark on a bridge that was made for guests, and that goes with the last of them.
 pub const OWNER: &str = "ringfort: goes with its last port";
 
+/// The end of the remark on a bridge whose ports are to be isolated.
+pub const ISOLATED: &str = " (isolated)";
+
 /// Where those who make and remove bridges wait for each other.
 const LOCK: &str = "/run/ringfort/bridges.lock";
 
@@ -99,7 +102,7 @@ impl Membership {
             if tap.master.is_none() {
                 netlink.set_master(tap.index, link.index)?;
             }
-            if config.isolated {
+            if config.isolated || link.alias.as_deref().is_some_and(|a| a.ends_with(ISOLATED)) {
                 netlink.set_isolated(tap.index, true)?;
             }
             Ok(())

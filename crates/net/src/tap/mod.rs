@@ -9,13 +9,14 @@ pub mod helper;
 #[cfg(test)]
 mod tests;
 
-pub use bridge::{OWNER, is_ours};
+pub use bridge::{ISOLATED, OWNER, is_ours};
 
 use crate::netlink::{self, Netlink};
 use crate::poller::Poller;
 use crate::{MAX_FRAME, NetBackend, NetError, NetEvents, Offloads, Sent, VnetHeader};
 use bridge::Membership;
 use device::TapQueue;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
@@ -26,7 +27,8 @@ use std::sync::{Arc, OnceLock};
 pub const MAX_QUEUES: u16 = 16;
 
 /// Which tap, and how.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct TapConfig {
     /// The tap's name; the kernel chooses one if not given.
     pub ifname: Option<String>,

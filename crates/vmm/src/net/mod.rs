@@ -3,6 +3,9 @@
 //! A back end is opened by [`open`], one arm and one file for each kind; what the guest sees of it is made by [`Card::new`].
 
 use crate::config::{Link, Nic, NicModel, VmConfig};
+use ringfort_net::guard::Guard;
+use ringfort_net::stream::{Datagrams, Stream};
+use ringfort_net::tap::{Tap, TapConfig};
 use ringfort_net::user::UserNet;
 use ringfort_net::{MacAddr, NetBackend};
 use ringfort_virtio::VirtioDevice;
@@ -13,8 +16,37 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// One line: what cannot be had and what to do. Nothing is left behind.
-pub fn open(nic: &Nic, mac: MacAddr, say: &mut dyn FnMut(&str)) -> Result<Arc<dyn NetBackend>, String> {
+pub fn open(
+    nic: &Nic,
+    mac: MacAddr,
+    cpus: u32,
+    say: &mut dyn FnMut(&str),
+) -> Result<Arc<dyn NetBackend>, String> {
+    let backend = open_link(nic, mac, cpus, say)?;
+    if nic.guard.is_empty() {
+        return Ok(backend);
+    }
+    let guard = Guard::new(backend, &nic.guard, mac).map_err(|e| format!("a thread for its limits: {e}"))?;
+    Ok(Arc::new(guard))
+}
+
+fn open_link(
+    nic: &Nic,
+    mac: MacAddr,
+    cpus: u32,
+    say: &mut dyn FnMut(&str),
+) -> Result<Arc<dyn NetBackend>, String> {
     match &nic.link {
+        Link::Tap(config) => {
+            let config = TapConfig { queues: nic.pairs(cpus), ..(**config).clone() };
+            let tap = Tap::new(&config).map_err(|e| e.to_string())?;
+            if config.ifname.is_none() {
+                say(&format!("network: tap {}", tap.name()));
+            }
+            Ok(Arc::new(tap))
+        }
+        Link::Stream(config) => Ok(Arc::new(Stream::new(config).map_err(|e| e.to_string())?)),
+        Link::Dgram(config) => Ok(Arc::new(Datagrams::new(config).map_err(|e| e.to_string())?)),
         Link::User(config) => {
             let net = UserNet::new((**config).clone(), Some(mac)).map_err(|e| e.to_string())?;
             for (f, at) in config.forwards.iter().zip(net.forwards()).filter(|(f, _)| f.host.port() == 0) {
@@ -43,10 +75,15 @@ impl Card {
         say: &mut dyn FnMut(&str),
     ) -> Result<Card, String> {
         let mac = nic.address(&config.name, index);
-        let backend = open(nic, mac, say)?;
+        let backend = open(nic, mac, config.cpus, say)?;
         match nic.model {
             NicModel::VirtioNet => {
-                let options = NetOptions { mac: mac.bytes(), pairs: nic.pairs(config.cpus), mtu: nic.mtu };
+                let options = NetOptions {
+                    mac: mac.bytes(),
+                    pairs: nic.pairs(config.cpus),
+                    mtu: nic.mtu,
+                    rss: nic.rss,
+                };
                 Ok(Card { virtio: Net::new(backend, options)? })
             }
         }

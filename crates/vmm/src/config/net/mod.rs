@@ -3,11 +3,17 @@
 //! The text is `KIND[,key=value…]`. What concerns the card (`mac`, `model`, `mtu`, `queues`) is the same for all kinds of
 //! networks; everything else is read by the kind's own file beside this one.
 
+mod guard;
+mod sockets;
+mod tap;
 mod user;
 
 use super::parse::{ParseError, split, switch};
 use super::size::parse_size;
 use ringfort_net::MacAddr;
+use ringfort_net::guard::GuardConfig;
+use ringfort_net::stream::{DatagramConfig, StreamConfig};
+use ringfort_net::tap::TapConfig;
 use ringfort_net::user::UserConfig;
 use serde::{Deserialize, Serialize};
 use std::str::FromStr;
@@ -37,13 +43,25 @@ impl NicModel {
 pub enum Link {
     /// A router with NAT in this process.
     User(Box<UserConfig>),
+    /// A network device of the host.
+    Tap(Box<TapConfig>),
+    /// Another machine, over a stream socket.
+    Stream(Box<StreamConfig>),
+    /// Another machine or several, over datagrams.
+    Dgram(Box<DatagramConfig>),
 }
 
 impl Link {
+    /// What the command line calls them.
+    const KINDS: [&str; 5] = ["user", "tap", "bridge", "stream", "dgram"];
+
     /// The kind, as the command line has it.
     pub fn kind(&self) -> &'static str {
         match self {
             Link::User(_) => "user",
+            Link::Tap(_) => "tap",
+            Link::Stream(_) => "stream",
+            Link::Dgram(_) => "dgram",
         }
     }
 
@@ -51,22 +69,56 @@ impl Link {
     pub fn is_shared(&self) -> bool {
         match self {
             Link::User(_) => false,
+            Link::Tap(_) | Link::Stream(_) | Link::Dgram(_) => true,
         }
     }
 
     /// The most pairs of queues that it can serve.
     fn max_pairs(&self) -> u16 {
         match self {
-            Link::User(_) => 1,
+            Link::Tap(c) if c.fds.is_empty() => MAX_PAIRS,
+            Link::Tap(c) => c.fds.len() as u16,
+            Link::User(_) | Link::Stream(_) | Link::Dgram(_) => 1,
         }
     }
 
-    /// A network of this kind with nothing said about it.
-    fn plain(kind: &str) -> Option<Link> {
-        Some(match kind {
-            "user" => Link::User(Box::default()),
-            _ => return None,
-        })
+    /// The pairs of queues of a card that says nothing about it, on a machine of `cpus` vCPUs.
+    fn usual_pairs(&self, cpus: u32) -> u16 {
+        match self {
+            // A tap that somebody made has one queue, as a rule.
+            Link::Tap(c) if c.fds.is_empty() => 1,
+            Link::Tap(c) => c.fds.len() as u16,
+            _ => (cpus.min(u32::from(MAX_PAIRS)) as u16).min(self.max_pairs()),
+        }
+    }
+
+    /// A network of this kind, with what `options` say about it.
+    fn parse(kind: &KeyValue<'_>, options: &[KeyValue<'_>]) -> Result<Link, ParseError> {
+        match (kind.key, kind.value) {
+            ("user", None) => {
+                let mut c = UserConfig::default();
+                user::options(&mut c, options)?;
+                Ok(Link::User(Box::new(c)))
+            }
+            ("tap", None) => {
+                let mut c = TapConfig::default();
+                tap::options(&mut c, options)?;
+                Ok(Link::Tap(Box::new(c)))
+            }
+            ("bridge", Some(_)) => {
+                let bridge = Some(kind.need()?.into());
+                let mut c = TapConfig { bridge, make_bridge: true, ..TapConfig::default() };
+                tap::options(&mut c, options)?;
+                Ok(Link::Tap(Box::new(c)))
+            }
+            ("stream", None) => Ok(Link::Stream(Box::new(sockets::stream(options)?))),
+            ("dgram", None) => Ok(Link::Dgram(Box::new(sockets::datagrams(options)?))),
+            (k, _) => Err(Link::unknown(k)),
+        }
+    }
+
+    fn unknown(kind: &str) -> ParseError {
+        ParseError(format!("'{kind}': the networks are user, tap, bridge=NAME, stream, dgram and none"))
     }
 }
 
@@ -88,6 +140,12 @@ pub struct Nic {
     /// The largest IP packet, told to the guest; the network's own if not given.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// Let the guest spread what it gets over queues by its own table, and tell it each frame's hash.
+    #[serde(default)]
+    pub rss: bool,
+    /// Limits and checks.
+    #[serde(default)]
+    pub guard: GuardConfig,
 }
 
 impl Default for Nic {
@@ -100,7 +158,15 @@ impl Default for Nic {
 impl Nic {
     /// A card with nothing special about it.
     pub fn new(link: Link) -> Nic {
-        Nic { link, mac: None, model: NicModel::default(), queues: None, mtu: None }
+        Nic {
+            link,
+            mac: None,
+            model: NicModel::default(),
+            queues: None,
+            mtu: None,
+            rss: false,
+            guard: GuardConfig::default(),
+        }
     }
 
     /// Its address: as given, or one that is the same at every start of the machine `machine` for its card `index`. On a link with
@@ -114,14 +180,21 @@ impl Nic {
 
     /// How many pairs of queues it has on a machine of `cpus` vCPUs.
     pub fn pairs(&self, cpus: u32) -> u16 {
-        self.queues.unwrap_or((cpus.min(u32::from(MAX_PAIRS)) as u16).min(self.link.max_pairs()))
+        self.queues.unwrap_or_else(|| self.link.usual_pairs(cpus))
     }
 
     /// All that is wrong with it, each with the field's name.
     pub(super) fn problems(&self) -> Vec<(&'static str, String)> {
         let mut p = match &self.link {
             Link::User(c) => c.problems(),
+            Link::Tap(c) => {
+                let queues = if c.fds.is_empty() { c.queues } else { c.fds.len() as u16 };
+                TapConfig { queues, ..(**c).clone() }.problems()
+            }
+            Link::Stream(_) => Vec::new(),
+            Link::Dgram(c) => c.problems(),
         };
+        p.extend(self.guard.problems());
         let most = self.link.max_pairs().min(MAX_PAIRS);
         if self.queues.is_some_and(|q| !(1..=most).contains(&q)) {
             let range = if most == 1 { "give 1".into() } else { format!("give 1 to {most}") };
@@ -142,14 +215,16 @@ impl FromStr for Nic {
     fn from_str(text: &str) -> Result<Nic, ParseError> {
         let parts = split(text);
         let (kind, options) = parts.split_first().ok_or_else(|| ParseError("name a network".into()))?;
-        let link = Link::plain(kind)
-            .ok_or_else(|| ParseError(format!("'{kind}': the networks are user and none")))?;
-        let mut nic = Nic::new(link);
+        let kind = KeyValue::new(kind);
+        if !Link::KINDS.contains(&kind.key) {
+            return Err(Link::unknown(kind.key));
+        }
+        let mut nic = Nic::default();
+        let mut guard = guard::Given::default();
         let mut rest = Vec::new();
         for part in options {
-            let (key, value) = part.split_once('=').map_or((part.as_str(), None), |(k, v)| (k, Some(v)));
-            let option = KeyValue { key, value };
-            match key {
+            let option = KeyValue::new(part);
+            match option.key {
                 "mac" => {
                     let mac = option.need()?.parse();
                     nic.mac = Some(mac.map_err(|e| ParseError(format!("mac: {e}")))?);
@@ -164,14 +239,15 @@ impl FromStr for Nic {
                 }
                 "mtu" => nic.mtu = Some(option.number("576 to 65535")?),
                 "queues" => nic.queues = Some(option.number(&format!("1 to {MAX_PAIRS}"))?),
+                "rss" => nic.rss = option.switch()?,
+                _ if guard.take(&option)? => {}
                 _ => rest.push(option),
             }
         }
-        match &mut nic.link {
-            Link::User(c) => {
-                user::options(c, &rest)?;
-                c.mtu = nic.mtu.unwrap_or(c.mtu);
-            }
+        nic.link = Link::parse(&kind, &rest)?;
+        nic.guard = guard.finish()?;
+        if let Link::User(c) = &mut nic.link {
+            c.mtu = nic.mtu.unwrap_or(c.mtu);
         }
         Ok(nic)
     }
@@ -185,6 +261,11 @@ pub(super) struct KeyValue<'a> {
 }
 
 impl<'a> KeyValue<'a> {
+    fn new(part: &'a str) -> KeyValue<'a> {
+        let (key, value) = part.split_once('=').map_or((part, None), |(k, v)| (k, Some(v)));
+        KeyValue { key, value }
+    }
+
     /// Its value, which must be there.
     pub fn need(&self) -> Result<&'a str, ParseError> {
         self.value.filter(|v| !v.is_empty()).ok_or_else(|| ParseError(format!("{} needs a value", self.key)))
@@ -211,8 +292,9 @@ impl<'a> KeyValue<'a> {
     /// The error for a key that nobody knows.
     pub fn unknown(&self, kind: &str, known: &str) -> ParseError {
         ParseError(format!(
-            "unknown option '{}' of {kind} networks; known are mac, model, mtu, queues, {known}",
-            self.key
+            "unknown option '{}' of {kind} networks; known are mac, model, mtu, queues, rss, {}, {known}",
+            self.key,
+            guard::KNOWN
         ))
     }
 }

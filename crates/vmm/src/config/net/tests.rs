@@ -1,8 +1,86 @@
 use super::*;
 
 fn user(text: &str) -> UserConfig {
-    match text.parse::<Nic>().unwrap_or_else(|e| panic!("{text}: {e}")).link {
+    match nic(text).link {
         Link::User(c) => *c,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn nic(text: &str) -> Nic {
+    text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))
+}
+
+#[test]
+fn taps_bridges_and_sockets() {
+    let tap = |text: &str| match nic(text).link {
+        Link::Tap(c) => *c,
+        other => panic!("{other:?}"),
+    };
+    let c = tap("tap,ifname=t0,bridge=br0,isolated,vhost=off,helper=/h,queues=4");
+    assert_eq!((c.ifname.as_deref(), c.bridge.as_deref(), c.make_bridge), (Some("t0"), Some("br0"), false));
+    assert!(c.isolated && c.helper == Some("/h".into()));
+    assert_eq!(tap("tap,fd=7,fd=8").fds, [7, 8]);
+    assert_eq!(nic("tap,fds=7:8:9").pairs(1), 3);
+    assert_eq!((nic("tap").pairs(4), nic("tap,queues=2").pairs(1)), (1, 2));
+    let c = tap("bridge=lab,isolated=on");
+    assert!(c.make_bridge && c.isolated && c.bridge.as_deref() == Some("lab"));
+    let told = |text: &str| match nic(text).link {
+        Link::Stream(c) => format!("{} {} {:?}", c.address, c.server, c.reconnect),
+        Link::Dgram(c) => format!("{} {}", c.local.map_or(String::new(), |l| l.to_string()), c.remote),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(told("stream,addr=unix:/s,server=on"), "unix:/s true None");
+    assert_eq!(told("stream,addr.type=unix,addr.path=/s"), "unix:/s false None");
+    assert_eq!(
+        told("stream,addr.type=inet,addr.host=::1,addr.port=5,reconnect=3"),
+        "tcp:[::1]:5 false Some(3s)"
+    );
+    assert_eq!(told("dgram,local=udp:0.0.0.0:1,remote=udp:h:2"), "udp:0.0.0.0:1 udp:h:2");
+    assert_eq!(
+        told("dgram,remote.type=unix,remote.path=/b,local.type=unix,local.path=/a"),
+        "unix:/a unix:/b"
+    );
+    let n = nic("tap,tx-rate=10M,rx-packets=1k,rx-packets-burst=5,macguard,rss,queues=2");
+    assert!(n.guard.mac && n.rss && n.guard.rx.bytes.is_none());
+    assert_eq!(n.guard.tx.bytes.map(|r| (r.per_second, r.burst)), Some((10 << 20, 1 << 20)));
+    assert_eq!(n.guard.rx.packets.map(|r| (r.per_second, r.burst)), Some((1024, 5)));
+    for (bad, says) in [
+        ("tap,fd=x", "inherited descriptor"),
+        ("tap,vhost=on", "in its own process"),
+        ("bridge=", "bridge needs a value"),
+        ("bridge", "the networks are"),
+        ("bridge=a,bridge=b", "unknown option 'bridge'"),
+        ("stream", "needs addr="),
+        ("stream,addr=/s", "give unix:PATH or tcp:HOST:PORT"),
+        ("stream,addr.type=inet,addr.path=/s", "a host and a port"),
+        ("stream,addr.type=fd", "inet and unix"),
+        ("stream,addr=unix:/s,server,reconnect=1", "leave it out"),
+        ("dgram,local=udp:h:1", "needs remote="),
+        ("dgram,remote=unix:/b", "local:"),
+        ("dgram,remote=udp:h", "give HOST:PORT"),
+        ("user,tx-burst=5", "tx-rate-burst: there is no limit"),
+        ("user,rx-rate=much", "give a number"),
+    ] {
+        let e = bad.parse::<Nic>().unwrap_err().to_string();
+        assert!(e.contains(says) && !e.contains('\n'), "{bad}: {e}");
+    }
+    for (bad, field) in [
+        ("tap,ifname=a/b", "ifname"),
+        ("bridge=1234567890123456", "bridge"),
+        ("tap,fd=1", "fd"),
+        ("tap,queues=17", "queues"),
+        ("stream,addr=unix:/s,queues=2", "queues"),
+        ("user,tx-packets=0", "tx-packets"),
+    ] {
+        let problems = nic(bad).problems();
+        assert_eq!(problems.first().map(|p| p.0), Some(field), "{bad}: {problems:?}");
+    }
+    for text in
+        ["tap,ifname=t0,tx-rate=5", "bridge=lab", "stream,addr=unix:/s,reconnect=1", "dgram,remote=udp:h:2"]
+    {
+        let json = serde_json::to_string(&nic(text)).unwrap();
+        assert_eq!(serde_json::from_str::<Nic>(&json).unwrap(), nic(text));
     }
 }
 
