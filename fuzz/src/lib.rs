@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod cards;
 mod decode;
 mod disk;
 mod network;
@@ -13,6 +14,7 @@ mod pci;
 mod queue;
 
 pub use boot::boot_loader;
+pub use cards::{e1000e, net_services, virtio_net};
 pub use decode::decoder;
 pub use disk::{disk_import, disk_qcow2};
 pub use network::user_network;
@@ -24,14 +26,17 @@ pub use queue::virtio_queue;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 11] = [
     ("boot_loader", boot_loader),
     ("decoder", decoder),
     ("disk_import", disk_import),
     ("disk_qcow2", disk_qcow2),
+    ("e1000e", e1000e),
+    ("net_services", net_services),
     ("options", options),
     ("pci_config", pci_config),
     ("user_network", user_network),
+    ("virtio_net", virtio_net),
     ("virtio_queue", virtio_queue),
 ];
 

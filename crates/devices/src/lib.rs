@@ -15,6 +15,7 @@ pub mod acpi_pm;
 mod alarm;
 pub mod debug_exit;
 pub mod debugcon;
+pub mod e1000e;
 pub mod fw_cfg;
 pub mod hpet;
 pub mod i8042;

@@ -16,6 +16,7 @@ pub mod managed;
 pub mod netlink;
 mod pcap;
 mod poller;
+pub mod segment;
 pub mod stream;
 mod sys;
 pub mod tap;

@@ -4,12 +4,13 @@ use crate::config::{Placement, VmConfig};
 use crate::disk::OnTrouble;
 use crate::error::VmmError;
 use crate::lines::{self, Hold, Lines, Room};
-use crate::net::Card;
+use crate::net::{Card, Place};
 use crate::saved::{OpenDisk, Saved};
 use crate::time::{MachineClock, TimerService};
 use crate::vcpus::{VcpuEvent, Vcpus};
 use ringfort_base::threads;
 use ringfort_bus::{IrqLine, MsiSink};
+use ringfort_devices::e1000e::E1000e;
 use ringfort_devices::pci::PciFunction;
 use ringfort_devices::power::PowerSink;
 use ringfort_devices::{debug_exit, debugcon};
@@ -18,6 +19,7 @@ use ringfort_machine_pc::boot::{Entry, ImageFile, Module};
 use ringfort_machine_pc::layout::Layout;
 use ringfort_machine_pc::{Identity, Pc, PcConfig, PcError, SerialPort};
 use ringfort_memory::RamMap;
+use ringfort_net::{MacAddr, NetBackend};
 use ringfort_virtio::VirtioDevice;
 use ringfort_virtio::balloon::{Balloon, BalloonOptions, HostRelease};
 use ringfort_virtio::blk::Blk;
@@ -149,9 +151,8 @@ impl Machine {
         }
         let mut cards = Vec::new();
         for (n, nic) in config.nets.iter().enumerate() {
-            let card = Card::new(config, n, nic, say).map_err(VmmError::Net)?;
-            virtio.push(add_virtio(&pc, &ram, card.device())?);
-            cards.push(card);
+            let mut place = Slots { pc: &pc, ram: &ram, virtio: &mut virtio };
+            cards.push(Card::new(config, n, nic, &mut place, say).map_err(VmmError::Net)?);
         }
         virtio.push(add_virtio(&pc, &ram, Arc::new(Rng::new()))?);
         let balloon = Balloon::new(BalloonOptions::default(), Arc::new(HostRelease::new(ram.clone())));
@@ -248,6 +249,7 @@ impl Machine {
         for v in &self.virtio {
             v.core().resume();
         }
+        self.cards.iter().for_each(Card::resume);
         self.clock.resume();
         self.vm.set_time_running(true);
         self.timers.release();
@@ -265,6 +267,7 @@ impl Machine {
         for v in &self.virtio {
             v.core().pause();
         }
+        self.cards.iter().for_each(Card::pause);
     }
 
     /// Change the size of disk `number`, in the order of the configuration, to `bytes` (a multiple of 512) and tell its
@@ -426,6 +429,32 @@ fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Resu
         Ok::<Arc<dyn PciFunction>, VmmError>(function)
     })?;
     made.ok_or_else(|| VmmError::Machine("a device was not placed".into()))
+}
+
+/// Free places for network cards.
+struct Slots<'a> {
+    pc: &'a Pc,
+    ram: &'a Arc<RamMap>,
+    virtio: &'a mut Vec<Arc<VirtioPci>>,
+}
+
+impl Place for Slots<'_> {
+    fn virtio(&mut self, device: Arc<dyn VirtioDevice>) -> Result<(), String> {
+        self.virtio.push(add_virtio(self.pc, self.ram, device).map_err(|e| e.to_string())?);
+        Ok(())
+    }
+
+    fn e1000e(&mut self, backend: Arc<dyn NetBackend>, mac: MacAddr) -> Result<Arc<E1000e>, String> {
+        let mut made = None;
+        let placed = self.pc.add_pci(None, |msi, line| {
+            let card = E1000e::new(backend, mac, self.pc.memory().clone(), msi, line)
+                .map_err(|e| VmmError::Machine(e.to_string()))?;
+            made = Some(card.clone());
+            Ok::<Arc<dyn PciFunction>, VmmError>(card)
+        });
+        placed.map_err(|e| e.to_string())?;
+        made.ok_or_else(|| "a card was not placed".into())
+    }
 }
 
 impl From<PcError> for VmmError {

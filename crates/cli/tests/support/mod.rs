@@ -1,6 +1,7 @@
 //! Drives a guest over the serial console of the real `ringfort` binary.
 #![allow(dead_code, reason = "each test crate uses its part")]
 
+pub mod full_kernel;
 pub mod tiny;
 
 use std::io::{Read, Write};

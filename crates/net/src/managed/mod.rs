@@ -459,6 +459,7 @@ impl Networks {
 
     /// Take everything of a network away, whatever there is of it.
     fn unmake(&self, c: &NetworkConfig) -> Result<(), NetError> {
+        service::end_left_over(&self.folder(&c.name));
         // Each is tried, whatever becomes of the others.
         let rules = rules::apply(&rules::down(&c.name));
         let bridge = Netlink::open().and_then(|mut n| match n.link(&c.bridge()) {

@@ -27,6 +27,33 @@ const QUERY: Duration = Duration::from_secs(10);
 /// File of the leases in a network's folder.
 pub const LEASES: &str = "leases";
 
+/// File of dnsmasq's process number.
+const PID: &str = "dnsmasq.pid";
+/// How long it may take to end.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// End a dnsmasq whose keeper was killed: it gave up root's rights, and with them the kernel forgot that it was to go with its parent.
+pub fn end_left_over(dir: &Path) {
+    let Some(pid) = fs::read_to_string(dir.join(PID)).ok().and_then(|t| t.trim().parse::<i32>().ok()) else {
+        return;
+    };
+    let conf = dir.join("dnsmasq.conf").display().to_string();
+    // The number may have become another's meanwhile; only one with our file on its command line is meant.
+    let is_ours = || {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|c| String::from_utf8_lossy(&c).contains(&conf))
+    };
+    let end = Instant::now() + ENDING;
+    if pid > 1 && is_ours() {
+        // SAFETY: a plain call.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        // It is no child of this process: there is nothing to wait for.
+        while is_ours() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let _ = fs::remove_file(dir.join(PID));
+}
+
 /// A running service.
 pub enum Running {
     /// Nobody answers.
@@ -53,7 +80,7 @@ pub fn dnsmasq_conf(c: &NetworkConfig, dir: &Path) -> String {
         "dhcp-authoritative".into(),
         "dhcp-no-override".into(),
         "no-hosts".into(),
-        "pid-file=".into(),
+        format!("pid-file={}", dir.join(PID).display()),
         format!("dhcp-leasefile={}", dir.join(LEASES).display()),
         format!("log-facility={}", dir.join("dnsmasq.log").display()),
     ];
@@ -142,7 +169,7 @@ fn dnsmasq(program: &Path, c: &NetworkConfig, dir: &Path) -> Result<Child, NetEr
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);
-    // SAFETY: between fork and exec, calls that are allowed there. The child goes with its parent, whatever ends that.
+    // SAFETY: between fork and exec, calls that are allowed there. Until it gives up root's rights the child goes with its parent.
     unsafe {
         command.pre_exec(|| {
             let mut none: libc::sigset_t = std::mem::zeroed();

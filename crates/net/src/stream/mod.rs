@@ -182,14 +182,17 @@ impl NetBackend for Stream {
     }
 
     fn attach(&self, events: Arc<dyn NetEvents>) {
-        // The lock keeps the thread from changing the connection between the two.
-        let up = lock(&self.inner.connection);
-        if self.inner.events.set(events.clone()).is_ok() {
-            let up = up.is_some();
-            events.link(up);
-            if up {
-                events.readable(0);
+        // The lock keeps the thread from changing the connection in between; whoever is told may come back for frames at once.
+        let up = {
+            let connection = lock(&self.inner.connection);
+            if self.inner.events.set(events.clone()).is_err() {
+                return;
             }
+            connection.is_some()
+        };
+        events.link(up);
+        if up {
+            events.readable(0);
         }
     }
 
@@ -324,13 +327,13 @@ impl Thread {
         let Some(c) = self.connected.clone() else { return self.connect_ended() };
         let broken = set.intersects(EventSet::ERROR | EventSet::HANG_UP | EventSet::READ_HANG_UP);
         if broken || set.contains(EventSet::OUT) {
-            match lock(&c.writer).flush(c.socket.as_raw_fd()) {
-                Err(_) => return self.inner.lost(&c),
-                Ok(_) => {
-                    if let Some(e) = self.inner.events.get() {
-                        e.writable(0);
-                    }
-                }
+            // Without the lock whoever is told may send at once.
+            let flushed = lock(&c.writer).flush(c.socket.as_raw_fd());
+            if flushed.is_err() {
+                return self.inner.lost(&c);
+            }
+            if let Some(e) = self.inner.events.get() {
+                e.writable(0);
             }
         }
         if broken || set.contains(EventSet::IN) {

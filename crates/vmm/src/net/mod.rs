@@ -3,6 +3,7 @@
 //! A back end is opened by [`open`], one arm and one file for each kind; what the guest sees of it is made by [`Card::new`].
 
 use crate::config::{Link, Nic, NicModel, VmConfig};
+use ringfort_devices::e1000e::E1000e;
 use ringfort_net::guard::Guard;
 use ringfort_net::stream::{Datagrams, Stream};
 use ringfort_net::tap::{Tap, TapConfig};
@@ -59,12 +60,15 @@ fn open_link(
 }
 
 /// A network card.
-pub struct Card {
-    virtio: Arc<Net>,
+pub enum Card {
+    /// virtio-net.
+    Virtio(Arc<Net>),
+    /// Intel's; made in its place on the bus.
+    Intel(Arc<E1000e>),
 }
 
 impl Card {
-    /// The card number `index` of a machine.
+    /// The card number `index` of a machine; `place` puts what it is given on the machine's buses.
     ///
     /// # Errors
     /// As [`open`].
@@ -72,6 +76,7 @@ impl Card {
         config: &VmConfig,
         index: usize,
         nic: &Nic,
+        place: &mut dyn Place,
         say: &mut dyn FnMut(&str),
     ) -> Result<Card, String> {
         let mac = nic.address(&config.name, index);
@@ -84,23 +89,56 @@ impl Card {
                     mtu: nic.mtu,
                     rss: nic.rss,
                 };
-                Ok(Card { virtio: Net::new(backend, options)? })
+                let net = Net::new(backend, options)?;
+                place.virtio(net.clone())?;
+                Ok(Card::Virtio(net))
             }
+            NicModel::E1000e => place.e1000e(backend, mac).map(Card::Intel),
         }
-    }
-
-    /// The device for the machine's buses.
-    pub fn device(&self) -> Arc<dyn VirtioDevice> {
-        self.virtio.clone()
     }
 
     /// Plug the cable in or pull it.
     pub fn set_link(&self, up: bool) {
-        self.virtio.set_link(up);
+        match self {
+            Card::Virtio(n) => n.set_link(up),
+            Card::Intel(n) => n.set_link(up),
+        }
     }
 
     /// Whether the cable is plugged in.
     pub fn link(&self) -> bool {
-        self.virtio.link()
+        match self {
+            Card::Virtio(n) => n.link(),
+            Card::Intel(n) => n.link(),
+        }
     }
+
+    /// Let it go on.
+    pub fn resume(&self) {
+        if let Card::Intel(n) = self {
+            n.resume();
+        }
+    }
+
+    /// Stop it: guest memory is not touched from then on. Those of virtio stop with their transport.
+    pub fn pause(&self) {
+        if let Card::Intel(n) = self {
+            n.pause();
+        }
+    }
+}
+
+/// Where a machine's cards are put.
+pub trait Place {
+    /// A device of virtio.
+    ///
+    /// # Errors
+    /// In words.
+    fn virtio(&mut self, device: Arc<dyn VirtioDevice>) -> Result<(), String>;
+
+    /// A card of Intel's.
+    ///
+    /// # Errors
+    /// In words.
+    fn e1000e(&mut self, backend: Arc<dyn NetBackend>, mac: MacAddr) -> Result<Arc<E1000e>, String>;
 }

@@ -30,11 +30,15 @@ pub enum NicModel {
     #[default]
     #[serde(rename = "virtio-net")]
     VirtioNet,
+    /// Intel 82574L, for guests without drivers of virtio.
+    #[serde(rename = "e1000e")]
+    E1000e,
 }
 
 impl NicModel {
     /// All models, by the names that the command line takes.
-    pub const NAMES: [(&'static str, NicModel); 1] = [("virtio-net", NicModel::VirtioNet)];
+    pub const NAMES: [(&'static str, NicModel); 2] =
+        [("virtio-net", NicModel::VirtioNet), ("e1000e", NicModel::E1000e)];
 }
 
 /// What a network card is connected to.
@@ -180,7 +184,10 @@ impl Nic {
 
     /// How many pairs of queues it has on a machine of `cpus` vCPUs.
     pub fn pairs(&self, cpus: u32) -> u16 {
-        self.queues.unwrap_or_else(|| self.link.usual_pairs(cpus))
+        match self.model {
+            NicModel::VirtioNet => self.queues.unwrap_or_else(|| self.link.usual_pairs(cpus)),
+            NicModel::E1000e => 1,
+        }
     }
 
     /// All that is wrong with it, each with the field's name.
@@ -195,6 +202,13 @@ impl Nic {
             Link::Dgram(c) => c.problems(),
         };
         p.extend(self.guard.problems());
+        if self.model == NicModel::E1000e && (self.queues.is_some_and(|q| q != 1) || self.rss) {
+            p.push((
+                "model",
+                "an e1000e has one queue, which its driver sets up by itself; leave queues and rss out"
+                    .into(),
+            ));
+        }
         let most = self.link.max_pairs().min(MAX_PAIRS);
         if self.queues.is_some_and(|q| !(1..=most).contains(&q)) {
             let range = if most == 1 { "give 1".into() } else { format!("give 1 to {most}") };

@@ -117,7 +117,7 @@ fn what_is_wrong_is_told_with_what_to_do() {
         ("none,mac=x", "the networks are"),
         ("user,mac=1:2:3", "six bytes in hex"),
         ("user,mac=", "mac needs a value"),
-        ("user,model=ne2000", "the models are virtio-net"),
+        ("user,model=ne2000", "the models are virtio-net, e1000e"),
         ("user,mtu=big", "give a number, 576 to 65535"),
         ("user,queues=70000", "give a number, 1 to"),
         ("user,colour=red", "unknown option 'colour' of user networks"),

@@ -1,5 +1,7 @@
 //! Opens a tap on a bridge for a user who may not. Meant to be installed set-user-ID root, or with CAP_NET_ADMIN as file capability.
 
+#![forbid(unsafe_code)]
+
 use ringfort_net::tap::helper;
 use std::path::Path;
 use std::process::ExitCode;

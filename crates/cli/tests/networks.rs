@@ -1,0 +1,439 @@
+//! Networks of the host: taps, bridges, managed networks with NAT, cables to QEMU, Intel's card. Everything happens in network namespaces
+//! that the tests make, as root, and remove; elsewhere they say that they were skipped.
+
+mod support;
+
+use ringfort_guest::TEST_PROMPT;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use support::*;
+
+/// A network namespace with a name.
+struct NetNs(String);
+
+impl NetNs {
+    /// A new one; `None`, and why on standard error, where that is not allowed.
+    fn new(name: &str) -> Option<NetNs> {
+        let name = format!("rf{}-{name}", std::process::id());
+        for needed in ["/dev/net/tun", "/proc/self/ns/net"] {
+            if let Err(e) = std::fs::metadata(needed) {
+                eprintln!("skipped: {needed}: {e}");
+                return None;
+            }
+        }
+        let made = Command::new("ip").args(["netns", "add", &name]).output();
+        match made {
+            Ok(o) if o.status.success() => {
+                let ns = NetNs(name);
+                ns.ip("link set lo up");
+                Some(ns)
+            }
+            Ok(o) => {
+                eprintln!("skipped: no network namespace: {}", String::from_utf8_lossy(&o.stderr).trim());
+                None
+            }
+            Err(e) => {
+                eprintln!("skipped: ip (package iproute2): {e}");
+                None
+            }
+        }
+    }
+
+    /// A command in it.
+    fn command(&self, program: &str) -> Command {
+        let mut c = Command::new("ip");
+        c.args(["netns", "exec", &self.0, program]);
+        c
+    }
+
+    fn output(&self, words: &str) -> Output {
+        let mut words = words.split_whitespace();
+        let program = words.next().expect("a program");
+        self.command(program).args(words).output().expect("ip netns exec")
+    }
+
+    /// Run a command that must succeed; gives what it said.
+    fn run(&self, words: &str) -> String {
+        let o = self.output(words);
+        assert!(o.status.success(), "{words}: {}", String::from_utf8_lossy(&o.stderr));
+        String::from_utf8_lossy(&o.stdout).into_owned()
+    }
+
+    fn ip(&self, words: &str) -> String {
+        self.run(&format!("ip {words}"))
+    }
+
+    /// A command that must fail; gives its one line.
+    fn fails(&self, words: &str) -> String {
+        let o = self.output(words);
+        let said = String::from_utf8_lossy(&o.stderr).into_owned();
+        assert!(!o.status.success(), "{words} did not fail");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        said
+    }
+
+    /// What a network could leave behind: links and rules.
+    fn traces(&self) -> (String, String) {
+        (self.ip("-o -br link"), self.run("nft list ruleset"))
+    }
+
+    /// A guest in it, at its shell.
+    fn guest(&self, options: &[&str]) -> Guest {
+        let guest = test_guest();
+        self.guest_of(&guest.kernel, &guest.initrd, options)
+    }
+
+    /// The same, with this kernel.
+    fn guest_of(&self, kernel: &Path, initrd: &Path, options: &[&str]) -> Guest {
+        let guest = test_guest();
+        let mut c = self.command(env!("CARGO_BIN_EXE_ringfort"));
+        c.args(["run", "--accel", "soft", "--memory", "256M", "--cmdline", &guest.cmdline]);
+        c.args(["--kernel", text(kernel), "--initrd", text(initrd)]).args(options);
+        Guest::start(c)
+    }
+}
+
+impl Drop for NetNs {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).output();
+    }
+}
+
+fn text(p: &Path) -> &str {
+    p.to_str().expect("text")
+}
+
+const RINGFORT: &str = env!("CARGO_BIN_EXE_ringfort");
+
+/// Wait until `done`, which no event tells of.
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !done() {
+        assert!(Instant::now() < end, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Have a guest get its address by DHCP.
+fn dhcp(g: &mut Guest) -> String {
+    g.shell(
+        "printf '#!/bin/sh\\n[ \"$1\" = bound ] && ip addr add $ip/$mask dev $interface && \
+         ip route add default via $router; exit 0\\n' >/tmp/s; chmod +x /tmp/s; ip link set eth0 up",
+    );
+    g.shell(
+        "udhcpc -i eth0 -n -q -t 20 -T 1 -s /tmp/s -F $(hostname) >/tmp/dhcp 2>&1 || (cat /tmp/dhcp; false)",
+    );
+    let address = g.shell("ip -4 -o addr show dev eth0 | awk '{print $4}' | cut -d/ -f1");
+    assert!(!address.is_empty());
+    address
+}
+
+fn pings(g: &mut Guest, to: &str) -> bool {
+    g.shell(&format!(
+        "if ping -c 1 -W 3 {to} >/dev/null || ping -c 2 -W 3 {to} >/dev/null; then echo yes; else echo no; fi"
+    )) == "yes"
+}
+
+/// Whether not even one of two goes through.
+fn is_cut_off(g: &mut Guest, from: &str) -> bool {
+    g.shell(&format!("if ping -c 2 -W 1 {from} >/dev/null; then echo no; else echo yes; fi")) == "yes"
+}
+
+/// A host, and a world beyond it that knows no way back to the host's networks.
+fn host_and_world() -> Option<(NetNs, NetNs)> {
+    let (host, world) = (NetNs::new("host")?, NetNs::new("world")?);
+    host.ip(&format!("link add up0 type veth peer name up1 netns {}", world.0));
+    host.ip("addr add 198.51.100.1/24 dev up0");
+    host.ip("link set up0 up");
+    world.ip("addr add 198.51.100.2/24 dev up1");
+    world.ip("link set up1 up");
+    Some((host, world))
+}
+
+#[test]
+fn two_guests_on_a_managed_network_reach_each_other_and_the_world_and_nothing_is_left_behind() {
+    let _turn = one_at_a_time();
+    let Some((host, world)) = host_and_world() else { return };
+    let scratch = Scratch::new("managed");
+    let net = |words: &str| host.run(&format!("{RINGFORT} net --state-dir {} {words}", text(&scratch.0)));
+    let refused =
+        |words: &str| host.fails(&format!("{RINGFORT} net --state-dir {} {words}", text(&scratch.0)));
+    let before = host.traces();
+    let forwarding = host.run("cat /proc/sys/net/ipv4/ip_forward");
+
+    net("define lab --ipv4 10.77.0.0/24 --ipv6 fd00:77::/64 --domain lab.test");
+    assert!(refused("define other --ipv4 10.77.0.128/25").contains("overlaps"));
+    assert!(refused("define other --ipv4 10.77.0.0").contains("give a network as"));
+    net("define uplink --ipv4 198.51.100.0/25");
+    assert!(refused("start uplink").contains("which the host has on up0"));
+    assert!(refused("start nothing").contains("no network 'nothing'"));
+    assert_eq!(host.traces(), before);
+
+    net("start lab");
+    assert!(refused("start lab").contains("up already"));
+    let listed = net("list --json");
+    let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+    let lab = listed.as_array().and_then(|a| a.iter().find(|n| n["name"] == "lab")).expect("lab");
+    assert_eq!(lab["active"], true);
+    assert_eq!(host.run("cat /proc/sys/net/ipv4/ip_forward").trim(), "1");
+
+    let card = ["--net", "tap,bridge=rf-lab,macguard"];
+    let mut a = host.guest(&card);
+    let mut b = host.guest(&card);
+    a.expect(TEST_PROMPT);
+    b.expect(TEST_PROMPT);
+    a.shell("hostname alpha");
+    let (at_a, at_b) = (dhcp(&mut a), dhcp(&mut b));
+    assert_ne!(at_a, at_b);
+    let leases: serde_json::Value = serde_json::from_str(&net("leases lab --json")).expect("JSON");
+    let addresses: Vec<&str> =
+        leases.as_array().expect("leases").iter().filter_map(|l| l["address"].as_str()).collect();
+    assert!(addresses.contains(&at_a.as_str()) && addresses.contains(&at_b.as_str()), "{leases}");
+    assert!(pings(&mut a, &at_b) && pings(&mut b, &at_a));
+    // The world has no route back: what it answers to is the host's address.
+    assert!(!world.output(&format!("ping -c 1 -W 1 {at_a}")).status.success());
+    assert!(pings(&mut a, "198.51.100.2"));
+    // IPv6 by router advertisement.
+    until("an IPv6 address", || a.shell("ip -6 addr show dev eth0").contains("fd00:77:"));
+    assert!(pings(&mut a, "fd00:77::1"));
+    // Nobody from outside gets in, even with a route.
+    world.ip("route add 10.77.0.0/24 via 198.51.100.1");
+    assert!(!world.output(&format!("ping -c 1 -W 1 {at_a}")).status.success());
+    // A guest that calls itself something else is not heard.
+    assert!(pings(&mut b, "10.77.0.1"));
+    b.shell("ip link set eth0 down; ip link set eth0 address 52:54:00:66:66:66; ip link set eth0 up");
+    b.shell("ip route replace default via 10.77.0.1 || true");
+    assert!(is_cut_off(&mut b, "10.77.0.1"));
+
+    for mut g in [a, b] {
+        g.send("poweroff -f\n");
+        assert!(g.wait().success());
+    }
+    net("stop lab");
+    assert!(refused("stop lab").contains("is not up"));
+    assert_eq!(host.traces(), before);
+    assert_eq!(host.run("cat /proc/sys/net/ipv4/ip_forward"), forwarding);
+
+    // A keeper that is killed: its watcher takes everything down.
+    net("start lab");
+    let listed: serde_json::Value = serde_json::from_str(&net("list --json")).expect("JSON");
+    let pid = listed.as_array().and_then(|a| a.iter().find_map(|n| n["pid"].as_u64())).expect("a keeper");
+    assert!(host.traces() != before);
+    host.run(&format!("kill -9 {pid}"));
+    until("the watcher's work", || host.traces() == before);
+    until("the end of its processes", || {
+        let all = Command::new("pgrep").args(["-f", text(&scratch.0)]).output().expect("pgrep");
+        all.stdout.is_empty()
+    });
+    assert_eq!(host.run("cat /proc/sys/net/ipv4/ip_forward"), forwarding);
+}
+
+#[test]
+fn guests_of_an_isolated_network_reach_only_what_they_may() {
+    let _turn = one_at_a_time();
+    let Some((host, _world)) = host_and_world() else { return };
+    let scratch = Scratch::new("isolated");
+    let net = |words: &str| host.run(&format!("{RINGFORT} net --state-dir {} {words}", text(&scratch.0)));
+    let before = host.traces();
+    net(
+        "define alone --ipv4 10.78.0.0/24 --isolate --shield-host --service builtin --host 52:54:00:00:00:0a,10.78.0.10,ten",
+    );
+    net("start alone");
+    let mut a = host.guest(&["--net", "tap,bridge=rf-alone,mac=52:54:00:00:00:0a"]);
+    let mut b = host.guest(&["--net", "tap,bridge=rf-alone"]);
+    a.expect(TEST_PROMPT);
+    b.expect(TEST_PROMPT);
+    assert_eq!(dhcp(&mut a), "10.78.0.10");
+    let at_b = dhcp(&mut b);
+    assert!(net("leases alone").contains(&at_b));
+    // Out, but not to each other; of the host, echo and names, and nothing else.
+    assert!(pings(&mut a, "198.51.100.2"));
+    assert!(is_cut_off(&mut b, "10.78.0.10") && is_cut_off(&mut a, &at_b));
+    assert!(b.shell("nslookup ten 10.78.0.1").contains("10.78.0.10"));
+    let mut server = host.command("python3");
+    server.args(["-m", "http.server", "7777", "--bind", "10.78.0.1", "--directory", text(&scratch.0)]);
+    let _server = Child(server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("python3"));
+    until("the server", || host.run("cat /proc/net/tcp").contains(":1E61"));
+    assert_eq!(
+        b.shell("if nc -w 2 10.78.0.1 7777 </dev/null 2>/dev/null; then echo in; else echo out; fi"),
+        "out"
+    );
+    for mut g in [a, b] {
+        g.send("poweroff -f\n");
+        assert!(g.wait().success());
+    }
+    net("stop alone");
+    assert_eq!(host.traces(), before);
+}
+
+#[test]
+fn an_intel_card_and_a_bridge_that_goes_with_its_last_guest() {
+    let _turn = one_at_a_time();
+    let Some(host) = NetNs::new("intel") else { return };
+    let before = host.ip("-o -br link");
+    let scratch = Scratch::new("intel");
+    let modules = ["pps_core", "ptp", "e1000e"];
+    let (kernel, initrd) = match support::full_kernel::full_kernel(&scratch, &test_guest().initrd, &modules) {
+        Ok(found) => found,
+        Err(e) => {
+            eprintln!("skipped: Debian's kernel with drivers for hardware: {e}");
+            return;
+        }
+    };
+    let mut g = host.guest_of(&kernel, &initrd, &["--net", "bridge=rflab,model=e1000e"]);
+    g.expect(TEST_PROMPT);
+    host.ip("addr add 10.79.0.1/24 dev rflab");
+    let driver = g.shell("readlink /sys/class/net/eth0/device/driver || echo none");
+    assert!(driver.ends_with("/e1000e"), "{driver}");
+    g.shell("ip addr add 10.79.0.2/24 dev eth0; ip link set eth0 up");
+    until("a link", || g.shell("cat /sys/class/net/eth0/carrier 2>/dev/null || echo 0") == "1");
+    assert!(pings(&mut g, "10.79.0.1"));
+    assert!(g.shell("grep eth0 /proc/interrupts").contains("MSI"));
+    // Large transfers both ways keep their content: segmentation and checksums hold.
+    let blob: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let file = scratch.file("blob", &blob);
+    let mut server = host.command("python3");
+    server.args(["-m", "http.server", "8080", "--bind", "10.79.0.1", "--directory", text(&scratch.0)]);
+    let _server = Child(server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("python3"));
+    until("the server", || {
+        host.output("ip -o link").status.success() && host.run("cat /proc/net/tcp").contains(":1F90")
+    });
+    let sum = host.run(&format!("md5sum {}", text(&file)));
+    let sum = sum.split_whitespace().next().expect("a sum").to_owned();
+    assert_eq!(
+        g.shell("wget -q -O /tmp/b http://10.79.0.1:8080/blob && md5sum </tmp/b | cut -d' ' -f1"),
+        sum
+    );
+    let mut sink = host.command("python3");
+    sink.args(["-c", "import socket,hashlib\ns=socket.create_server(('10.79.0.1',8081))\nprint('up',flush=True)\nc,_=s.accept()\nh=hashlib.md5()\nwhile d:=c.recv(65536): h.update(d)\nprint(h.hexdigest())"]);
+    let sink = sink.stdout(Stdio::piped()).spawn().expect("python3");
+    until("the other server", || host.run("cat /proc/net/tcp").contains(":1F91"));
+    g.shell("nc 10.79.0.1 8081 </tmp/b");
+    let said = sink.wait_with_output().expect("its sum");
+    assert!(String::from_utf8_lossy(&said.stdout).contains(&sum));
+    // The cable out and in again.
+    g.send("\x01l");
+    until("no link", || g.shell("cat /sys/class/net/eth0/carrier") == "0");
+    g.send("\x01l");
+    until("a link", || g.shell("cat /sys/class/net/eth0/carrier") == "1");
+    assert!(pings(&mut g, "10.79.0.1"));
+    g.send("poweroff -f\n");
+    assert!(g.wait().success());
+    assert_eq!(host.ip("-o -br link"), before);
+}
+
+#[test]
+fn a_guest_of_qemu_and_one_of_ringfort_on_one_cable() {
+    let _turn = one_at_a_time();
+    if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
+        eprintln!("skipped: no qemu-system-x86_64 (package qemu-system-x86)");
+        return;
+    }
+    let scratch = Scratch::new("cable");
+    let socket = scratch.0.join("cable.sock");
+    let guest = test_guest();
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args([
+        "-accel",
+        "tcg",
+        "-m",
+        "256M",
+        "-nodefaults",
+        "-no-user-config",
+        "-nographic",
+        "-serial",
+        "stdio",
+    ]);
+    qemu.args(["-kernel", text(&guest.kernel), "-initrd", text(&guest.initrd), "-append", &guest.cmdline]);
+    qemu.args(["-netdev", &format!("stream,id=n,server=on,addr.type=unix,addr.path={}", text(&socket))]);
+    qemu.args(["-device", "virtio-net-pci,netdev=n"]);
+    let mut q = Guest::start(qemu);
+    let cmdline = guest.cmdline.clone();
+    let card = format!("stream,addr=unix:{},reconnect=1", text(&socket));
+    let mut args = vec!["run", "--accel", "soft", "--memory", "256M", "--cmdline", &cmdline];
+    args.extend(["--kernel", text(&guest.kernel), "--initrd", text(&guest.initrd), "--net", &card]);
+    let mut r = Guest::start(ringfort(&args));
+    r.expect(TEST_PROMPT);
+    q.expect(TEST_PROMPT);
+    r.shell("ip addr add 10.80.0.1/24 dev eth0; ip link set eth0 up");
+    q.shell("ip addr add 10.80.0.2/24 dev eth0; ip link set eth0 up");
+    assert!(pings(&mut r, "10.80.0.2") && pings(&mut q, "10.80.0.1"));
+    // Some megabytes, with their sum.
+    q.shell("dd if=/dev/urandom of=/tmp/b bs=64k count=32 2>/dev/null");
+    let sum = q.shell("md5sum </tmp/b | cut -d' ' -f1");
+    q.shell("httpd -p 5000 -h /tmp");
+    let got = r.shell("wget -q -O /tmp/b http://10.80.0.2:5000/b && md5sum </tmp/b | cut -d' ' -f1");
+    assert_eq!(got, sum);
+    for mut g in [r, q] {
+        g.send("poweroff -f\n");
+        g.wait();
+    }
+}
+
+#[test]
+fn what_cannot_be_had_is_told_in_one_line_and_leaves_nothing() {
+    let _turn = one_at_a_time();
+    let Some(host) = NetNs::new("bad") else { return };
+    let guest = test_guest();
+    let before = host.ip("-o -br link");
+    for (card, says) in [
+        ("tap,bridge=nobridge", "there is no nobridge"),
+        ("tap,bridge=lo", "lo is no bridge"),
+        ("tap,ifname=lo", "lo"),
+        ("tap,fd=77", "no such descriptor"),
+        ("tap,mac=1:2:3", "six bytes in hex"),
+        ("tap,mac=01:00:00:00:00:01", "six bytes in hex"),
+        ("bridge=rfx,helper=/nowhere,tx-rate=0", "lets nothing pass"),
+        ("stream,addr=unix:/nowhere/x", "start the other side first"),
+    ] {
+        let words =
+            format!("{RINGFORT} run --accel soft --memory 64M --kernel {} --net {card}", text(&guest.kernel));
+        let said = host.fails(&words);
+        assert!(said.contains(says), "{card}: {said}");
+        assert_eq!(host.ip("-o -br link"), before, "{card}");
+    }
+}
+
+#[test]
+fn users_without_rights_get_a_tap_by_the_helper_as_its_list_allows() {
+    let _turn = one_at_a_time();
+    let Some(host) = NetNs::new("helper") else { return };
+    let helper = Path::new(env!("CARGO_BIN_EXE_ringfort-bridge-helper"));
+    let scratch = Scratch::new("helper");
+    let guest = test_guest();
+    host.ip("link add rfbr0 type bridge");
+    host.ip("link set rfbr0 up");
+    // What others may read and run, with a device node and an access list of its own that go with the mount namespace.
+    let script = scratch.file(
+        "as-nobody",
+        format!(
+            "set -e\nmount -t tmpfs t /mnt\nchmod 755 /mnt\ncp {RINGFORT} {} {} {} /mnt/\nchmod 4755 /mnt/ringfort-bridge-helper\n\
+             mkdir -p /mnt/etc /etc/ringfort\nmount --bind /mnt/etc /etc/ringfort\necho \"$1\" >/etc/ringfort/bridge.conf\n\
+             mkdir /mnt/net\nmknod /mnt/net/tun c 10 200\nchmod 666 /mnt/net/tun\nmount --bind /mnt/net /dev/net\n\
+             mount --make-private /sys 2>/dev/null || true\n\
+             exec setpriv --reuid 65534 --regid 65534 --clear-groups /mnt/ringfort run --accel soft --memory 256M \
+             --kernel /mnt/vmlinuz --initrd /mnt/initrd --cmdline \"$2\" --net tap,bridge=rfbr0\n",
+            text(helper),
+            text(&guest.kernel),
+            text(&guest.initrd),
+        )
+        .as_bytes(),
+    );
+    let run = |list: &str| {
+        let mut c = host.command("unshare");
+        c.args(["-m", "sh", text(&script), list, &guest.cmdline]);
+        c
+    };
+    let denied = run("deny all").output().expect("unshare");
+    let said = String::from_utf8_lossy(&denied.stderr).into_owned();
+    assert!(!denied.status.success() && said.contains("does not allow it"), "{said}");
+    let mut g = Guest::start(run("allow rfbr0"));
+    g.expect(TEST_PROMPT);
+    host.ip("addr add 10.81.0.1/24 dev rfbr0");
+    g.shell("ip addr add 10.81.0.2/24 dev eth0; ip link set eth0 up");
+    assert!(pings(&mut g, "10.81.0.1"));
+    g.send("poweroff -f\n");
+    assert!(g.wait().success());
+    assert!(!host.ip("-o -br link").contains("rftap"));
+}
