@@ -98,7 +98,9 @@ pub fn virtio_net(data: &[u8]) {
     let memory = memory(input.rest());
     let ram = Arc::new(RamMap::new(&memory));
     let progress = QueueProgress::default();
-    let Ok(mut queue) = Queue::new(&ram, &layout, progress, which, Arc::new(Gate::default()), Arc::new(Silent)) else {
+    let Ok(mut queue) =
+        Queue::new(&ram, &layout, progress, which, Arc::new(Gate::default()), Arc::new(Silent))
+    else {
         return;
     };
     device.activate(features);
@@ -127,7 +129,9 @@ pub fn e1000e(data: &[u8]) {
     card.resume();
     let write = |at: u64, value: u32| card.bar_write(0, at & 0x1_fffc, &value.to_le_bytes());
     // Both rings in memory, on; then whatever comes.
-    for (at, value) in [(0x2800, 0), (0x2808, 256), (0x3800, 0x400), (0x3808, 256), (0x400, 2), (0x100, 0x0400_801a)] {
+    for (at, value) in
+        [(0x2800, 0), (0x2808, 256), (0x3800, 0x400), (0x3808, 256), (0x400, 2), (0x100, 0x0400_801a)]
+    {
         write(at, value);
     }
     for (at, low, high) in list {

@@ -71,7 +71,9 @@ impl Toeplitz {
 }
 
 /// Both addresses, both ports if there are any, whether these are of TCP, and whether it is IPv6.
-fn parse(frame: &[u8]) -> Option<(&[u8], Option<&[u8]>, bool, bool)> {
+type Flow<'a> = (&'a [u8], Option<&'a [u8]>, bool, bool);
+
+fn parse(frame: &[u8]) -> Option<Flow<'_>> {
     const TCP: u8 = 6;
     const UDP: u8 = 17;
     let mut at = 12;

@@ -131,7 +131,7 @@ impl Inner {
                 }
                 frame.resize(frame.len().max(LEAST), 0);
             }
-            let placed = self.place(&mut frame, &mut causes);
+            let placed = self.place(&frame, &mut causes);
             self.inbox = frame;
             self.inbox_full = !placed;
             if !placed {
@@ -214,7 +214,7 @@ impl Inner {
     }
 
     /// Put a frame into the driver's buffers; false if there are not enough.
-    fn place(&mut self, frame: &mut Vec<u8>, causes: &mut u32) -> bool {
+    fn place(&mut self, frame: &[u8], causes: &mut u32) -> bool {
         let form = self.form();
         let sizes = self.buffers(form);
         let mut data = std::mem::take(&mut self.scratch);

@@ -11,7 +11,7 @@ use std::{
 
 use ringfort_guest::TEST_PROMPT;
 
-use crate::{ROWS, guest::Guest};
+use crate::{ROWS, guest::Guest, tap::TAP};
 
 /// Only a hang runs into it.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -23,22 +23,27 @@ fn cmdline(guest: &Guest) -> String {
 }
 
 /// The command that boots it under Ringfort.
-pub fn ringfort(program: &Path, guest: &Guest, cpus: u32) -> Command {
+pub fn ringfort(program: &Path, guest: &Guest, cpus: u32, tap: bool) -> Command {
     let mut c = Command::new(program);
     c.arg("run").arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
     c.args(["--cmdline", &cmdline(guest), "--memory", "1G", "--cpus", &cpus.to_string()]);
-    c.args(["--accel", "soft", "--serial", "stdio", "--net", "user,host-loopback=on"]);
+    c.args(["--accel", "soft", "--serial", "stdio", "--net"]);
+    c.arg(if tap { format!("tap,ifname={TAP}") } else { "user,host-loopback=on".into() });
     c
 }
 
 /// The command that boots it under QEMU.
-pub fn qemu(program: &Path, guest: &Guest, cpus: u32) -> Command {
+pub fn qemu(program: &Path, guest: &Guest, cpus: u32, tap: bool) -> Command {
     let mut c = Command::new(program);
     c.arg("-kernel").arg(&guest.kernel).arg("-initrd").arg(&guest.initrd);
     c.args(["-append", &cmdline(guest), "-m", "1024", "-smp", &cpus.to_string(), "-cpu", "max"]);
     c.args(["-machine", "q35", "-accel", "tcg", "-nodefaults", "-no-user-config", "-no-reboot"]);
     c.args(["-display", "none", "-serial", "stdio"]);
-    c.args(["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net"]);
+    let net = match tap {
+        true => format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off"),
+        false => "user,id=net".into(),
+    };
+    c.args(["-netdev", &net, "-device", "virtio-net-pci,netdev=net"]);
     c
 }
 
@@ -115,12 +120,14 @@ fn free_port() -> Result<u16, String> {
 }
 
 /// Boot `command` and take all figures, in the order of [`ROWS`].
-pub fn measure(command: Command, seconds: u32) -> Result<[f64; ROWS.len()], String> {
+pub fn measure(command: Command, seconds: u32, tap: bool) -> Result<[f64; ROWS.len()], String> {
     let port = free_port()?;
     let mut server = Command::new("iperf3");
     server.args(["-s", "-p", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
     let _server = Guard(server.spawn().map_err(|e| format!("cannot start iperf3: {e}; install it"))?);
-    let bytes = TcpListener::bind("127.0.0.1:0").map_err(|e| e.to_string())?;
+    // Over a tap the guest reaches the host at its address there.
+    let bytes =
+        TcpListener::bind(if tap { "0.0.0.0:0" } else { "127.0.0.1:0" }).map_err(|e| e.to_string())?;
     let bytes_port = bytes.local_addr().map_err(|e| e.to_string())?.port();
     std::thread::spawn(move || {
         for stream in bytes.incoming().map_while(Result::ok) {
