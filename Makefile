@@ -1,7 +1,7 @@
 # Ringfort's two commands are `make run` and `make test`. Everything else is a part of them or a help beside them.
 .POSIX:
 .SILENT:
-.PHONY: run build test lint unit deny bench bench-disk fuzz clean help
+.PHONY: run build test lint unit deny bench bench-disk bench-start fuzz clean help
 
 CARGO = cargo
 # cargo-deny is installed below target/ when the machine has none.
@@ -25,6 +25,7 @@ help: ## Say what there is
 	echo 'make test    everything that must hold: format, lints, tests, licences'
 	echo 'make bench   the same guests under Ringfort, QEMU and the host, compared (QEMU=path for another QEMU, ARGS=--help)'
 	echo 'make bench-disk  disks compared: the block layer with qemu-img, fio in a guest with QEMU (ARGS=--help)'
+	echo 'make bench-start   CPU time to the guest'"'"'s first instruction under KVM, and memory beyond the guest'"'"'s'
 	echo 'make lint    format and clippy only'
 	echo 'make unit    the tests only'
 	echo 'make deny    licences, duplicate and banned crates, sources'
@@ -68,6 +69,9 @@ bench: build
 bench-disk: build
 	scripts/need $(GUEST_PACKAGES) $(BENCH_PACKAGES) qemu-utils
 	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-disk -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
+
+bench-start: build
+	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-start -- --ringfort target/release/ringfort $(ARGS)
 
 fuzz:
 	for target in $$($(CARGO) +nightly fuzz list); do \

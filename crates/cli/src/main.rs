@@ -3,6 +3,7 @@
 
 mod doctor;
 mod exit;
+mod info;
 mod net;
 mod progress;
 mod restore;
@@ -31,6 +32,12 @@ enum Command {
     /// Say what this host offers for virtual machines, and what to do about what is missing
     Doctor {
         /// Write the findings as JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say what this host has: processor, memory, hardware virtualization, what its KVM can do, CPU models
+    Info {
+        /// Write it as JSON
         #[arg(long)]
         json: bool,
     },
@@ -63,6 +70,7 @@ fn main() -> ExitCode {
         Command::Restore(args) => args.run(),
         Command::State(command) => command.run(),
         Command::Doctor { json } => doctor::run(json),
+        Command::Info { json } => info::run(json),
         Command::Img { arguments } => {
             let (mut out, mut err) = (std::io::stdout(), std::io::stderr());
             let mut streams = ringfort_img::Streams { out: &mut out, err: &mut err };

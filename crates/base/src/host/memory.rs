@@ -58,6 +58,49 @@ fn parse(meminfo: &str, policy: Option<&str>) -> Memory {
     }
 }
 
+/// A pool of huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HugePagePool {
+    /// Bytes of a page.
+    pub size: u64,
+    /// Pages in it.
+    pub total: u64,
+    /// Of those, free.
+    pub free: u64,
+}
+
+/// The host's pools of huge pages, by ascending page size.
+#[must_use]
+pub fn huge_page_pools() -> Vec<HugePagePool> {
+    let number = |p: std::path::PathBuf| super::read_trimmed(&p)?.parse::<u64>().ok();
+    let mut all: Vec<HugePagePool> = std::fs::read_dir("/sys/kernel/mm/hugepages")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| {
+            let name = e.file_name().into_string().ok()?;
+            let kib: u64 = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+            let of = |file: &str| number(e.path().join(file)).unwrap_or(0);
+            Some(HugePagePool { size: kib << 10, total: of("nr_hugepages"), free: of("free_hugepages") })
+        })
+        .collect();
+    all.sort_by_key(|p| p.size);
+    all
+}
+
+/// Numbers of the host's NUMA nodes, ascending.
+#[must_use]
+pub fn numa_nodes() -> Vec<u32> {
+    let mut all: Vec<u32> = std::fs::read_dir("/sys/devices/system/node")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.strip_prefix("node")?.parse().ok())
+        .collect();
+    all.sort_unstable();
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

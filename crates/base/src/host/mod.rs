@@ -3,10 +3,12 @@
 mod cgroup;
 mod cpu;
 mod memory;
+mod virtualization;
 
 pub use cgroup::{Cgroup, cgroup};
 pub use cpu::{Cpu, CpuFeature, cpu};
-pub use memory::{Memory, Transparent, memory};
+pub use memory::{HugePagePool, Memory, Transparent, huge_page_pools, memory, numa_nodes};
+pub use virtualization::{Ability, Virtualization, virtualization};
 
 use std::path::{Path, PathBuf};
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ringfort_base::{
-    host::{self, Access, Cgroup, Cpu, Limit, Memory},
+    host::{self, Ability, Access, Cgroup, Cpu, Limit, Memory, Virtualization},
     kvm_probe::{self, KvmFitness},
 };
 
@@ -22,6 +22,7 @@ pub fn all() -> Vec<Finding> {
     let fitness = kvm_probe::probe();
     let mut findings = vec![processor(&cpu), features(&cpu), kvm(&fitness, &cpu), engine(&fitness)];
     findings.extend(nested(&fitness));
+    findings.extend(hardware(&host::virtualization()));
     let cgroup = host::cgroup();
     findings.push(memory(&host::memory(), &cgroup));
     findings.push(huge_pages(&host::memory()));
@@ -103,10 +104,35 @@ fn kvm(fitness: &KvmFitness, cpu: &Cpu) -> Finding {
 
 fn engine(fitness: &KvmFitness) -> Finding {
     let found = match fitness {
-        KvmFitness::Fit { .. } => "soft; KVM is fit, but this version has no engine for it yet",
+        KvmFitness::Fit { .. } => "kvm",
         _ => "soft",
     };
     finding("engine", "Engine for guests", Status::Ok, found)
+}
+
+/// A finding for each ability of the hardware that speeds up guests under KVM.
+fn hardware(found: &Virtualization) -> Vec<Finding> {
+    let ids = ["hardware.cpu", "hardware.paging", "hardware.interrupts", "hardware.iommu"];
+    let found = ids.into_iter().zip(found.all());
+    found
+        .map(|(id, (_, title, name, ability))| {
+            let of = |how: &str| finding(id, title, Status::Info, format!("{name} {how}"));
+            match ability {
+                Ability::On => finding(id, title, Status::Ok, format!("{name} in use")),
+                Ability::Absent => of("is not there, or hidden from this system"),
+                Ability::Off => of("is there, and not in use").advise(match name {
+                    "VT-x" => "sudo modprobe kvm-intel",
+                    "AMD-V" => "sudo modprobe kvm-amd",
+                    "EPT" => "load kvm-intel with ept=1",
+                    "NPT" => "load kvm-amd with npt=1",
+                    "APICv" => "load kvm-intel with enable_apicv=1",
+                    "AVIC" => "load kvm-amd with avic=1",
+                    "VT-d" => "start the host's kernel with intel_iommu=on to pass devices through",
+                    _ => "switch the IOMMU on in the firmware's set-up to pass devices through",
+                }),
+            }
+        })
+        .collect()
 }
 
 fn nested(fitness: &KvmFitness) -> Option<Finding> {
