@@ -9,6 +9,7 @@
 
 mod address;
 mod irq;
+pub mod irqchip;
 mod time;
 
 pub use address::{Bus, BusError, MmioBus, PioBus};

@@ -1,6 +1,7 @@
 //! Interrupt routes, irqfds and ioeventfds.
 
 use crate::error::host;
+use crate::irqchip::IOAPIC_FIRST;
 use crate::vm::{IOAPIC_PINS, VmShared, locked};
 use kvm_bindings::{
     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
@@ -13,8 +14,8 @@ use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
-/// First route of an irqfd.
-const FIRST: u32 = IOAPIC_PINS;
+/// First route of an irqfd: after the inputs of controllers, wherever they are.
+const FIRST: u32 = IOAPIC_FIRST + IOAPIC_PINS;
 /// Routes that a VM can have (KVM_MAX_IRQ_ROUTES).
 const ROUTES: u32 = 4096;
 
@@ -48,13 +49,24 @@ struct State {
     pins: [Option<(u64, u32)>; IOAPIC_PINS as usize],
     /// Interrupts by route: their descriptor, and message if they have one.
     interrupts: BTreeMap<u32, (EventFd, Option<(u64, u32)>)>,
+    /// Routes of controllers in the kernel.
+    chips: Vec<kvm_irq_routing_entry>,
 }
 
 /// The VM's interrupt routes.
-#[derive(Default)]
 pub(crate) struct Routes(Mutex<State>);
 
 impl Routes {
+    /// No routes but those of controllers in the kernel, if there are such.
+    pub(crate) fn new(fd: &VmFd, kernel_irqchip: bool) -> Result<Routes, EngineError> {
+        let mut state = State::default();
+        if kernel_irqchip {
+            state.chips = crate::irqchip::routes();
+            state.apply(fd)?;
+        }
+        Ok(Routes(Mutex::new(state)))
+    }
+
     /// What pin `pin` of the I/O APIC sends. A masked pin keeps its route: its last interrupt may still be in service.
     pub(crate) fn set_pin(&self, fd: &VmFd, pin: u8, address: u64, data: u32, masked: bool) {
         let mut s = locked(&self.0);
@@ -76,7 +88,8 @@ impl State {
     fn apply(&self, fd: &VmFd) -> Result<(), EngineError> {
         let pins = (0..).zip(self.pins).filter_map(|(n, m)| Some(entry(n, m?)));
         let others = self.interrupts.iter().filter_map(|(&n, (_, m))| Some(entry(n, (*m)?)));
-        let entries: Vec<kvm_irq_routing_entry> = pins.chain(others).collect();
+        let entries: Vec<kvm_irq_routing_entry> =
+            self.chips.iter().copied().chain(pins).chain(others).collect();
         let routing = KvmIrqRouting::from_entries(&entries)
             .map_err(|_| EngineError::Internal(format!("{} interrupt routes are too many", entries.len())))?;
         fd.set_gsi_routing(&routing).map_err(host("setting interrupt routes"))

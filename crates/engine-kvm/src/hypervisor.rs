@@ -33,6 +33,8 @@ const EXTENDED_DESTINATION: u32 = 1 << 15;
 pub struct KvmOptions {
     /// The device.
     pub device: PathBuf,
+    /// I/O APIC, 8259 and 8254 in the kernel as well, and not in the machine.
+    pub kernel_irqchip: bool,
     /// Log the guest's writes in a ring of this many entries per vCPU (a power of two), instead of in bitmaps.
     pub dirty_ring: Option<u32>,
     /// How long the kernel watches for interrupts before a halted vCPU's thread sleeps, in nanoseconds; the host's default if not
@@ -42,7 +44,7 @@ pub struct KvmOptions {
 
 impl Default for KvmOptions {
     fn default() -> KvmOptions {
-        KvmOptions { device: DEVICE.into(), dirty_ring: None, halt_poll_ns: None }
+        KvmOptions { device: DEVICE.into(), kernel_irqchip: false, dirty_ring: None, halt_poll_ns: None }
     }
 }
 
@@ -87,6 +89,11 @@ pub fn open(options: KvmOptions) -> Result<KvmHypervisor, EngineError> {
                 "dirty-ring={entries}: give a power of two from 1024 to {most}"
             )));
         }
+    }
+    if options.kernel_irqchip && !(kvm.check_extension(Cap::Pit2) && kvm.check_extension(Cap::PitState2)) {
+        return Err(unavailable(
+            "the host's KVM lacks KVM_CAP_PIT2 or KVM_CAP_PIT_STATE2; give irqchip=split",
+        ));
     }
     if options.halt_poll_ns.is_some() && kvm.check_extension_raw(KVM_CAP_HALT_POLL.into()) <= 0 {
         return Err(unavailable("the host's KVM lacks KVM_CAP_HALT_POLL; leave halt-poll out"));

@@ -12,6 +12,7 @@ mod dirty;
 mod error;
 mod eventfd;
 mod hypervisor;
+mod irqchip;
 mod msr;
 mod time;
 mod vcpu;

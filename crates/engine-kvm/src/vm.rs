@@ -13,7 +13,7 @@ use kvm_bindings::{
     KVM_X2APIC_API_USE_32BIT_IDS, kvm_clock_data, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, MsrExitReason, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
-use ringfort_engine::{CpuidTable, EngineError, EventFds, MachineBus, Vcpu, Vm};
+use ringfort_engine::{CpuidTable, EngineError, EventFds, Irqchip, MachineBus, Vcpu, Vm};
 use ringfort_memory::{GuestMemory, RamMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -40,6 +40,8 @@ pub(crate) struct VmShared {
     pub(crate) extint: AtomicBool,
     pub(crate) dirty: DirtyLog,
     pub(crate) routes: Routes,
+    /// I/O APIC, 8259 and 8254 are in the kernel.
+    pub(crate) kernel_irqchip: bool,
     /// TSC offsets can be set themselves.
     pub(crate) tsc_offsets: bool,
     /// Ranges whose stores wait in a queue; then one vCPU at a time empties it.
@@ -84,8 +86,12 @@ impl KvmVm {
         let ram = RamMap::new(&memory);
         fd.set_identity_map_address(IDENTITY_MAP).map_err(host("placing the identity map"))?;
         fd.set_tss_address(TSS as usize).map_err(host("placing the task state segment"))?;
-        enable(&fd, KVM_CAP_SPLIT_IRQCHIP, [IOAPIC_PINS.into(), 0])
-            .map_err(host("putting the local APICs into the kernel"))?;
+        if options.kernel_irqchip {
+            crate::irqchip::create(&fd)?;
+        } else {
+            enable(&fd, KVM_CAP_SPLIT_IRQCHIP, [IOAPIC_PINS.into(), 0])
+                .map_err(host("putting the local APICs into the kernel"))?;
+        }
         if fd.check_extension(Cap::X2ApicApi) {
             let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
             enable(&fd, KVM_CAP_X2APIC_API, [flags.into(), 0]).map_err(host("wide APIC IDs"))?;
@@ -124,7 +130,8 @@ impl KvmVm {
             time: VmTime::new(),
             extint: AtomicBool::new(false),
             dirty: DirtyLog::new(ring_entries),
-            routes: Routes::default(),
+            routes: Routes::new(&fd, options.kernel_irqchip)?,
+            kernel_irqchip: options.kernel_irqchip,
             tsc_offsets: fd.check_extension_raw(KVM_CAP_VCPU_ATTRIBUTES.into()) > 0,
             coalescing: Mutex::new(false),
             xsave_size: usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096),
@@ -222,7 +229,14 @@ impl Vm for KvmVm {
     }
 
     fn ioapic_route(&self, pin: u8, address: u64, data: u32, masked: bool) {
+        if self.shared.kernel_irqchip {
+            return;
+        }
         self.shared.routes.set_pin(&self.shared.fd, pin, address, data, masked);
+    }
+
+    fn irqchip(&self) -> Option<&dyn Irqchip> {
+        self.shared.kernel_irqchip.then_some(&*self.shared as &dyn Irqchip)
     }
 
     fn eventfds(&self) -> Option<&dyn EventFds> {

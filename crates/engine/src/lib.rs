@@ -10,10 +10,12 @@
 
 mod debug;
 mod eventfd;
+mod irqchip;
 mod state;
 
 pub use debug::{DebugRequest, DebugStop, DebugVcpu, Watch, WatchKind};
 pub use eventfd::{Doorbell, DoorbellAddress, EventFds};
+pub use irqchip::Irqchip;
 pub use ringfort_x86::cpuid::CpuidTable;
 pub use state::{CpuEvents, CpuState, MpState, PendingException};
 
@@ -114,6 +116,10 @@ pub trait Vm: Send + Sync {
     /// EOIs to report.
     fn ioapic_route(&self, pin: u8, address: u64, data: u32, masked: bool) {
         let _ = (pin, address, data, masked);
+    }
+    /// Interrupt controllers and timer, if this VM was made with them in the engine's host.
+    fn irqchip(&self) -> Option<&dyn Irqchip> {
+        None
     }
     /// Event descriptors, where the engine's host can serve them.
     fn eventfds(&self) -> Option<&dyn EventFds> {

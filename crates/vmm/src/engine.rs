@@ -1,6 +1,6 @@
 //! Which engine runs a machine.
 
-use crate::config::{Accel, KvmConfig, Tier, VmConfig};
+use crate::config::{Accel, KvmConfig, KvmIrqchip, Tier, VmConfig};
 use crate::error::VmmError;
 use ringfort_base::kvm_probe::{self, KvmFitness};
 use ringfort_engine::Hypervisor;
@@ -57,8 +57,9 @@ fn soft(tier: Tier) -> Result<Box<dyn Hypervisor>, VmmError> {
 }
 
 fn kvm(config: &VmConfig) -> Result<Box<dyn Hypervisor>, VmmError> {
-    let KvmConfig { dirty_ring, halt_poll_ns } = config.kvm;
-    let options = KvmOptions { dirty_ring, halt_poll_ns, ..KvmOptions::default() };
+    let KvmConfig { irqchip, dirty_ring, halt_poll_ns } = config.kvm;
+    let kernel_irqchip = irqchip == KvmIrqchip::Kernel;
+    let options = KvmOptions { kernel_irqchip, dirty_ring, halt_poll_ns, ..KvmOptions::default() };
     let engine = ringfort_engine_kvm::open(options).map_err(|e| VmmError::Accel(e.to_string()))?;
     Ok(Box::new(engine))
 }

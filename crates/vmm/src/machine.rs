@@ -1,6 +1,6 @@
 //! From a configuration to a machine: engine, CPUs, memory, devices, kernel.
 
-use crate::config::{Placement, VmConfig};
+use crate::config::{KvmIrqchip, Placement, VmConfig};
 use crate::disk::OnTrouble;
 use crate::error::VmmError;
 use crate::lines::{self, Hold, Lines, Room};
@@ -131,7 +131,9 @@ impl Machine {
             debugcon: Some((debugcon::PORT, Box::new(move |bytes| debug_log.bytes(bytes)))),
             debug_exit: Some(debug_exit::PORT),
             pvpanic: true,
-            hpet: true,
+            // The same under every engine, so that a saved machine finds its devices.
+            hpet: config.kvm.irqchip == KvmIrqchip::Split,
+            host_irqchip: engine.name() == "kvm" && config.kvm.irqchip == KvmIrqchip::Kernel,
             log: Arc::new(move |line| log.line(line)),
         };
         let pc = Pc::new(config_of_pc, &timers)?;

@@ -8,6 +8,7 @@
 mod tests;
 
 use crate::line::Inputs;
+use ringfort_bus::irqchip::IoApicRegisters;
 use ringfort_bus::{Device, MmioDevice, MsiMessage, MsiSink, Section, StateError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -178,6 +179,24 @@ impl IoApic {
             }
             _ => {}
         }
+    }
+}
+
+impl IoApic {
+    /// Registers, for a host that has the controller in its kernel.
+    pub fn registers(&self) -> IoApicRegisters {
+        let State { select, id, lines, entries } = self.state;
+        IoApicRegisters { select, id, lines, entries }
+    }
+
+    /// Take registers over from such a host.
+    pub fn set_registers(&mut self, r: &IoApicRegisters) {
+        let entries = r.entries.map(|e| {
+            let e = e & (rte::WRITABLE | rte::REMOTE_IRR);
+            if is_level(e) { e } else { e & !rte::REMOTE_IRR }
+        });
+        self.state = State { select: r.select, id: r.id & 15, lines: r.lines & 0xff_ffff, entries };
+        self.tell_all();
     }
 }
 

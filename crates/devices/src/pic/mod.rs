@@ -6,6 +6,7 @@ mod tests;
 
 use crate::line::{Inputs, Output};
 use crate::ports;
+use ringfort_bus::irqchip::PicRegisters;
 use ringfort_bus::{Device, IrqLine, PioDevice, Section, StateError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -278,6 +279,55 @@ impl Pic {
             _ => return,
         }
         self.update();
+    }
+}
+
+impl Pic {
+    /// Registers, master first, for a host that has the pair in its kernel.
+    pub fn registers(&self) -> [PicRegisters; 2] {
+        self.chips.map(|c| PicRegisters {
+            irr: c.irr,
+            imr: c.imr,
+            isr: c.isr,
+            lines: c.lines,
+            elcr: c.elcr,
+            lowest: c.lowest,
+            base: c.base,
+            expect: c.expect,
+            need_icw4: c.need_icw4,
+            auto_eoi: c.auto_eoi,
+            rotate_on_aeoi: c.rotate_on_aeoi,
+            special_mask: c.special_mask,
+            special_fully_nested: c.special_fully_nested,
+            poll: c.poll,
+            read_isr: c.read_isr,
+        })
+    }
+
+    /// Take registers over from such a host.
+    pub fn set_registers(&mut self, registers: &[PicRegisters; 2]) {
+        for ((c, r), mask) in self.chips.iter_mut().zip(registers).zip(ELCR_MASK) {
+            *c = Chip {
+                irr: r.irr,
+                imr: r.imr,
+                isr: r.isr,
+                lines: r.lines,
+                elcr: r.elcr & mask,
+                lowest: r.lowest & 7,
+                base: r.base & 0xf8,
+                expect: if matches!(r.expect, 2..=4) { r.expect } else { 0 },
+                need_icw4: r.need_icw4,
+                single: false,
+                auto_eoi: r.auto_eoi,
+                rotate_on_aeoi: r.rotate_on_aeoi,
+                special_mask: r.special_mask,
+                special_fully_nested: r.special_fully_nested,
+                poll: r.poll,
+                read_isr: r.read_isr,
+            };
+        }
+        let intr = self.intr();
+        self.out.set(intr);
     }
 }
 

@@ -1,6 +1,7 @@
 //! One counter of an 8254. Nothing ticks: output and count are computed from the number of clock ticks since
 //! the count was loaded, so nothing drifts and nothing is lost.
 
+use ringfort_bus::irqchip::PitChannel;
 use serde::{Deserialize, Serialize};
 
 /// More ticks than any machine lives: a bound for saved states.
@@ -68,6 +69,49 @@ impl Counter {
             && (1..=0x10000).contains(&self.count)
             && self.run.is_none_or(|r| r.start < FAR && r.held.is_none_or(|h| h < FAR))
             && self.next.is_none_or(|t| t < FAR)
+    }
+
+    /// In the form that hosts exchange, at `tick`.
+    pub(super) fn channel(&self, tick: u64) -> PitChannel {
+        let elapsed = self.run.as_ref().map(|r| self.elapsed(r, tick));
+        PitChannel {
+            count: self.count,
+            mode: self.mode,
+            bcd: self.bcd,
+            access: self.access,
+            gate: self.gate,
+            elapsed_ns: elapsed.map(super::nanoseconds),
+            low_byte: self.low_byte,
+            read_high: self.read_high,
+            latched: self.latched,
+            latched_status: self.latched_status,
+        }
+    }
+
+    /// From that form.
+    pub(super) fn from_channel(c: &PitChannel, tick: u64) -> Counter {
+        let count = c.count.clamp(1, 0x10000);
+        let elapsed = c.elapsed_ns.map(super::ticks);
+        Counter {
+            mode: c.mode.min(5),
+            bcd: c.bcd,
+            access: if matches!(c.access, 1..=3) { c.access } else { 3 },
+            gate: c.gate,
+            register: count,
+            count,
+            next: None,
+            run: elapsed.map(|e| {
+                // A machine that has not been up for so long: a whole number of periods later is the same.
+                let e = if e > tick { e % u64::from(count) } else { e };
+                Run { start: tick.saturating_sub(e), held: (!c.gate).then_some(e), low_first: false }
+            }),
+            null_count: elapsed.is_none(),
+            armed: elapsed.is_some(),
+            low_byte: c.low_byte,
+            read_high: c.read_high,
+            latched: c.latched,
+            latched_status: c.latched_status,
+        }
     }
 
     pub(super) fn gate(&self) -> bool {

@@ -12,6 +12,7 @@ mod tests;
 use crate::alarm::Alarm;
 use crate::ports;
 use counter::Counter;
+use ringfort_bus::irqchip::PitRegisters;
 use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -165,6 +166,30 @@ impl Pit {
         if port == 0x40 || port == 0x43 && v >> 6 == 0 {
             self.follow(t);
         }
+    }
+}
+
+impl Pit {
+    /// Registers, for a host that has the timer in its kernel.
+    pub fn registers(&self) -> PitRegisters {
+        let t = ticks(self.clock.now_ns());
+        let channels = self.state.counters.each_ref().map(|c| c.channel(t));
+        PitRegisters { channels, speaker: self.state.control & 2 != 0 }
+    }
+
+    /// Take registers over from such a host.
+    pub fn set_registers(&mut self, r: &PitRegisters) {
+        let now = self.clock.now_ns();
+        let t = ticks(now);
+        self.state.counters = r.channels.each_ref().map(|c| Counter::from_channel(c, t));
+        // Channels 0 and 1 have no gate that could be low.
+        for c in &mut self.state.counters[..2] {
+            c.set_gate(t, true);
+        }
+        let gate = self.state.counters[2].gate();
+        self.state.control = u8::from(gate) | u8::from(r.speaker) << 1;
+        self.state.level = self.state.counters[0].out(t);
+        self.schedule(now, t, false);
     }
 }
 

@@ -2,7 +2,9 @@
 
 use crate::programs;
 use crate::support::*;
+use ringfort_bus::irqchip::{PicRegisters, PitChannel};
 use ringfort_engine::{MpState, VcpuExit};
+use ringfort_engine_kvm::KvmOptions;
 use ringfort_memory::{Bytes, GuestAddress};
 
 const VECTOR: u8 = 0x50;
@@ -62,6 +64,56 @@ fn the_8259_interrupts_through_lint0() {
     g.run_until(|g| g.bus.outs(0x80) > before);
     later.join().unwrap();
     assert!(g.bus.take().contains(&Seen::ExtInt));
+}
+
+#[test]
+fn controllers_and_timer_in_the_kernel() {
+    let Some(kvm) = kvm_with(KvmOptions { kernel_irqchip: true, ..KvmOptions::default() }) else { return };
+    let mut g = Guest::new(&kvm, 1);
+    g.gate(0x30, CODE_AT + 0x100);
+    g.load_long(programs::wait_extint());
+    let vm = g.vm.clone();
+    let chip = vm.irqchip().expect("controllers in the kernel");
+    let (mut pics, mut ioapic, mut pit) = (chip.pics().unwrap(), chip.ioapic().unwrap(), chip.pit().unwrap());
+    // Vectors from 0x30 on, input 0 open, interrupts end by themselves.
+    pics[0] = PicRegisters { imr: 0xfe, base: 0x30, lowest: 7, auto_eoi: true, ..PicRegisters::default() };
+    pics[1] = PicRegisters { imr: 0xff, base: 0x38, lowest: 7, ..PicRegisters::default() };
+    // 100 Hz.
+    pit.channels[0] = PitChannel {
+        count: 11932,
+        mode: 2,
+        access: 3,
+        gate: true,
+        elapsed_ns: Some(0),
+        ..PitChannel::default()
+    };
+    (ioapic.id, ioapic.select) = (3, 0x12);
+    ioapic.entries[5] = 1 << 56 | 0x1_8945;
+    ioapic.entries[23] = 0x1_0077;
+    chip.set(&pics, &ioapic, &pit).unwrap();
+    g.run_until(|g| g.bus.outs(0x80) >= 3);
+    assert!(!g.bus.take().contains(&Seen::ExtInt), "the kernel acknowledges");
+    // Another line, by hand.
+    let back = chip.pics().unwrap();
+    assert_eq!((back[0].base, back[0].imr, back[0].auto_eoi, back[1].base), (0x30, 0xfe, true, 0x38));
+    assert_eq!(chip.ioapic().unwrap(), ioapic);
+    let c = chip.pit().unwrap().channels[0];
+    assert_eq!((c.count, c.mode, c.access), (11932, 2, 3));
+    assert!(c.elapsed_ns.is_some_and(|ns| ns < 60_000_000_000), "{c:?}");
+    pics[0].imr = 0xfd;
+    chip.set(&pics, &ioapic, &pit).unwrap();
+    g.gate(0x31, CODE_AT + 0x100);
+    g.bus.take();
+    chip.set_pic(1, true);
+    g.run_until(|g| g.bus.outs(0x80) == 1);
+    chip.set_pic(1, false);
+    // Through the I/O APIC: fixed, edge, vector 0x50, to APIC 0.
+    g.gate(0x50, CODE_AT + 0x100);
+    ioapic.entries[20] = 0x50;
+    chip.set(&pics, &ioapic, &pit).unwrap();
+    g.set(apic_on);
+    chip.set_ioapic(20, true);
+    g.run_until(|g| g.bus.outs(0x80) == 2);
 }
 
 #[test]

@@ -41,6 +41,24 @@ impl IrqLine for ExtInt {
     }
 }
 
+/// An input of a controller in the engine's host.
+struct HostInput {
+    vm: Arc<VmLink>,
+    n: u8,
+    ioapic: bool,
+}
+
+impl IrqLine for HostInput {
+    fn set(&self, high: bool) {
+        let Some(chip) = self.vm.0.get().and_then(|vm| vm.irqchip()) else { return };
+        if self.ioapic {
+            chip.set_ioapic(self.n, high);
+        } else {
+            chip.set_pic(self.n, high);
+        }
+    }
+}
+
 struct Route {
     level: bool,
     irq: Option<u8>,
@@ -88,8 +106,20 @@ pub(super) struct Wires {
 
 impl Wires {
     pub fn new(pic: &Shared<Pic>, ioapic: &Shared<IoApic>) -> Wires {
-        let pic: Vec<_> = (0..16).map(|n| WiredOr::new(input(pic, n))).collect();
-        let ioapic: Vec<_> = (0..PINS).map(|n| WiredOr::new(input(ioapic, n))).collect();
+        let pic = (0..16).map(|n| input(pic, n)).collect();
+        Wires::to(pic, (0..PINS).map(|n| input(ioapic, n)).collect())
+    }
+
+    /// Wires to the controllers of the engine's host.
+    pub fn to_host(vm: &Arc<VmLink>) -> Wires {
+        let input = |n, ioapic| -> Arc<dyn IrqLine> { Arc::new(HostInput { vm: vm.clone(), n, ioapic }) };
+        let pic = (0..16).map(|n| input(n, false)).collect();
+        Wires::to(pic, (0..PINS).map(|n| input(n, true)).collect())
+    }
+
+    fn to(pic: Vec<Arc<dyn IrqLine>>, ioapic: Vec<Arc<dyn IrqLine>>) -> Wires {
+        let pic: Vec<_> = pic.into_iter().map(WiredOr::new).collect();
+        let ioapic: Vec<_> = ioapic.into_iter().map(WiredOr::new).collect();
         let pirq = (0..8)
             .map(|n| {
                 let p = Arc::new(Pirq {

@@ -35,7 +35,7 @@ use ringfort_devices::pvpanic::{self, PvPanic};
 use ringfort_devices::rtc::{self, Rtc};
 use ringfort_devices::serial::{self, Serial, SerialSink};
 use ringfort_devices::system_port::{self, DmaPages, PortA};
-use ringfort_engine::{MachineBus, Vm};
+use ringfort_engine::{EngineError, MachineBus, Vm};
 use ringfort_memory::GuestMemory;
 use ringfort_x86::cpuid::CpuBuilder;
 use std::sync::{Arc, Mutex, Weak};
@@ -77,8 +77,10 @@ pub struct PcConfig {
     pub debug_exit: Option<u16>,
     /// pvpanic device.
     pub pvpanic: bool,
-    /// High-precision event timer.
+    /// High-precision event timer. Not beside controllers in the engine's host: it takes the timer's interrupt over.
     pub hpet: bool,
+    /// 8259, I/O APIC and 8254 are in the engine's host ([`ringfort_engine::Irqchip`]); here is only their state while nothing runs.
+    pub host_irqchip: bool,
     /// One-line remarks about the guest.
     pub log: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -139,6 +141,7 @@ pub struct Pc {
     wires: Arc<Wires>,
     pic: Shared<Pic>,
     ioapic: Shared<IoApic>,
+    pit: Shared<Pit>,
     pci: Arc<PciBus>,
     config_ports: Arc<ConfigPorts>,
     pm: Shared<AcpiPm>,
@@ -168,25 +171,34 @@ impl Pc {
         let pio = Arc::new(PioBus::default());
         let mmio = Arc::new(MmioBus::default());
         let vm = Arc::new(VmLink::default());
-        let pic = shared(Pic::new(Arc::new(ExtInt(vm.clone()))));
+        let host_irqchip = config.host_irqchip;
+        let intr: Arc<dyn IrqLine> =
+            if host_irqchip { Arc::new(NoIrq) } else { Arc::new(ExtInt(vm.clone())) };
+        let pic = shared(Pic::new(intr));
         let ioapic = shared(IoApic::new(0, vm.clone()));
-        let wires = Arc::new(Wires::new(&pic, &ioapic));
+        let wires = if host_irqchip { Wires::to_host(&vm) } else { Wires::new(&pic, &ioapic) };
+        let wires = Arc::new(wires);
         let mut devices: Vec<Arc<Mutex<dyn Device>>> = Vec::new();
 
-        for (base, len) in pic::PORTS {
-            pio.insert("pic", base.into(), len.into(), pic.clone())?;
+        if !host_irqchip {
+            for (base, len) in pic::PORTS {
+                pio.insert("pic", base.into(), len.into(), pic.clone())?;
+            }
+            mmio.insert("ioapic", layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic.clone())?;
         }
-        mmio.insert("ioapic", layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic.clone())?;
 
         // In legacy replacement mode the HPET takes IRQ 0 and 8 over.
         let legacy = [LineMux::new(wires.isa(0)), LineMux::new(wires.isa(rtc::IRQ))];
         let (timer, number) = timers.timer();
-        let pit = shared(Pit::new(clock.clone(), timer, legacy[0].input(false)));
-        bind(timers, &pit, number);
-        for (base, len) in pit::PORTS {
-            pio.insert("pit", base.into(), len.into(), pit.clone())?;
+        let irq: Arc<dyn IrqLine> = if host_irqchip { Arc::new(NoIrq) } else { legacy[0].input(false) };
+        let pit = shared(Pit::new(clock.clone(), timer, irq));
+        if !host_irqchip {
+            bind(timers, &pit, number);
+            for (base, len) in pit::PORTS {
+                pio.insert("pit", base.into(), len.into(), pit.clone())?;
+            }
         }
-        devices.push(pit);
+        devices.push(pit.clone());
 
         let (timer, number) = timers.timer();
         let rtc = shared(Rtc::new(clock.clone(), timer, legacy[1].input(false)));
@@ -281,6 +293,7 @@ impl Pc {
             wires,
             pic,
             ioapic,
+            pit,
             pci,
             config_ports,
             pm,
@@ -447,6 +460,8 @@ impl Pc {
         self.config_ports.reset();
         lock(&self.pic).reset();
         lock(&self.ioapic).reset();
+        // The host takes the registers that it gives, but for a VM that is broken; then its vCPUs say so.
+        let _ = self.to_host();
         self.set_cmos();
     }
 
@@ -469,8 +484,31 @@ impl Pc {
         rtc.set_cmos(0x14, 0x06);
     }
 
+    /// Take over the registers of controllers in the engine's host. Nothing may run.
+    fn from_host(&self) -> Result<(), EngineError> {
+        if let Some(chip) = self.vm.0.get().and_then(|vm| vm.irqchip()) {
+            lock(&self.pic).set_registers(&chip.pics()?);
+            lock(&self.ioapic).set_registers(&chip.ioapic()?);
+            lock(&self.pit).set_registers(&chip.pit()?);
+        }
+        Ok(())
+    }
+
+    /// Give them theirs.
+    fn to_host(&self) -> Result<(), EngineError> {
+        if let Some(chip) = self.vm.0.get().and_then(|vm| vm.irqchip()) {
+            let (pics, ioapic) = (lock(&self.pic).registers(), lock(&self.ioapic).registers());
+            chip.set(&pics, &ioapic, &lock(&self.pit).registers())?;
+        }
+        Ok(())
+    }
+
     /// All sections of the machine but RAM and CPUs, in the order that [`Pc::load`] takes them. Nothing may run.
-    pub fn save(&self) -> Vec<Section> {
+    ///
+    /// # Errors
+    /// When the engine's host does not tell the state of controllers that it has.
+    pub fn save(&self) -> Result<Vec<Section>, EngineError> {
+        self.from_host()?;
         let mut all: Vec<Section> = self
             .devices
             .iter()
@@ -483,7 +521,7 @@ impl Pc {
         all.push(self.config_ports.save());
         all.push(lock(&self.pic).save());
         all.push(lock(&self.ioapic).save());
-        all
+        Ok(all)
     }
 
     /// Take over a saved state of an equally built machine; sections of others (CPUs) are left alone. Interrupt controllers
@@ -509,7 +547,8 @@ impl Pc {
         self.config_ports.load(find(&ports.kind, ports.instance)?)?;
         let load = |d: &mut dyn Device| -> Result<(), StateError> { d.load(find(d.kind(), d.instance())?) };
         load(&mut *lock(&self.pic))?;
-        load(&mut *lock(&self.ioapic))
+        load(&mut *lock(&self.ioapic))?;
+        self.to_host().map_err(|e| StateError::Stream(e.to_string()))
     }
 }
 

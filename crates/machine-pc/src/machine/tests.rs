@@ -99,6 +99,7 @@ impl Rig {
             debug_exit: Some(debug_exit::PORT),
             pvpanic: true,
             hpet: true,
+            host_irqchip: false,
             log: Arc::new(|_| {}),
         };
         let pc = Pc::new(config, &timers).unwrap();
@@ -297,10 +298,10 @@ fn state_goes_round() {
     r.outb(0x3ff, 0x5a);
     r.pc.pio_write(0xcf8, &0x8000_f840u32.to_le_bytes());
     r.pc.pio_write(0xcfc, &0x0000_0701u32.to_le_bytes());
-    let saved = r.pc.save();
+    let saved = r.pc.save().unwrap();
     let other = Rig::new();
     other.pc.load(&saved).unwrap();
-    assert_eq!(other.pc.save(), saved);
+    assert_eq!(other.pc.save().unwrap(), saved);
     assert_eq!(other.inb(0x3ff), 0x5a);
     // The ACPI block moved with the bridge's register.
     let mut d = [0; 2];

@@ -241,10 +241,23 @@ impl FromStr for CpusOption {
     }
 }
 
+/// Where I/O APIC, 8259 and 8254 are under KVM; the local APICs are always in the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvmIrqchip {
+    /// In the machine.
+    #[default]
+    Split,
+    /// In the kernel; the machine has no HPET then.
+    Kernel,
+}
+
 /// How KVM is used.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KvmConfig {
+    /// Where I/O APIC, 8259 and 8254 are.
+    pub irqchip: KvmIrqchip,
     /// Log the guest's writes in a ring of this many entries per vCPU instead of in bitmaps.
     pub dirty_ring: Option<u32>,
     /// How long a halted vCPU's thread watches for interrupts before it sleeps, in nanoseconds.
@@ -278,10 +291,17 @@ impl KvmConfig {
                     })?;
                     config.dirty_ring = Some(n);
                 }
+                "irqchip" => {
+                    config.irqchip = match need(key, value)? {
+                        "split" => KvmIrqchip::Split,
+                        "kernel" => KvmIrqchip::Kernel,
+                        v => return Err(ParseError(format!("irqchip={v}: give split or kernel"))),
+                    }
+                }
                 "halt-poll" => config.halt_poll_ns = Some(nanoseconds(key, need(key, value)?)?),
                 _ => {
                     return Err(ParseError(format!(
-                        "kvm has no option '{key}'; it has dirty-ring=ENTRIES and halt-poll=TIME"
+                        "kvm has no option '{key}'; it has irqchip=split|kernel, dirty-ring=ENTRIES and halt-poll=TIME"
                     )));
                 }
             }
@@ -349,9 +369,10 @@ mod tests {
 
     #[test]
     fn kvm() {
-        let k = KvmConfig::from_options("dirty-ring=4096,halt-poll=200us").unwrap();
+        let k = KvmConfig::from_options("irqchip=kernel,dirty-ring=4096,halt-poll=200us").unwrap();
+        assert_eq!(k.irqchip, KvmIrqchip::Kernel);
         assert_eq!((k.dirty_ring, k.halt_poll_ns), (Some(4096), Some(200_000)));
-        for bad in ["", "halt-poll=5h", "halt-poll=5000ms", "dirty-ring=big", "tier=interp"] {
+        for bad in ["", "irqchip=half", "halt-poll=5h", "halt-poll=5000ms", "dirty-ring=big", "tier=interp"] {
             assert!(KvmConfig::from_options(bad).is_err(), "{bad}");
         }
     }

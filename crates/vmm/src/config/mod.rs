@@ -9,7 +9,7 @@ mod parse;
 mod size;
 
 pub use disk::{Discard, Disk, DiskFormat};
-pub use hardware::{CpusOption, KvmConfig, MemoryBacking, MemoryOption, Placement, Policy};
+pub use hardware::{CpusOption, KvmConfig, KvmIrqchip, MemoryBacking, MemoryOption, Placement, Policy};
 pub use net::{Link, MAX_NICS, NetOption, Nic, NicModel};
 pub use parse::ParseError;
 pub use size::{format_size, parse_size};

@@ -197,7 +197,7 @@ impl Machine {
     /// The state must have a section for each device, and none for others.
     fn check_sections<R: Read>(&self, saved: &Saved<R>) -> Result<(), VmmError> {
         let own = [MACHINE.0, CLOCKS.0, VCPU.0, DISK.0];
-        let here: BTreeSet<_> = self.pc.save().into_iter().map(|s| (s.kind, s.instance)).collect();
+        let here: BTreeSet<_> = self.pc.save()?.into_iter().map(|s| (s.kind, s.instance)).collect();
         let there: BTreeSet<_> = saved
             .sections
             .iter()

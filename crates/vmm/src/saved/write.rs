@@ -153,7 +153,7 @@ impl Machine {
             let state = DiskState::of(&disk.path, open).map_err(named)?;
             w.section(&Section::new(DISK.0, n, DISK.1, &state)).map_err(fail)?;
         }
-        for section in self.pc.save() {
+        for section in self.pc.save()? {
             w.section(&section).map_err(fail)?;
         }
         let sink = w.finish().map_err(fail)?;
