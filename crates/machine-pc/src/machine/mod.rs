@@ -461,7 +461,7 @@ impl Pc {
         lock(&self.pic).reset();
         lock(&self.ioapic).reset();
         // The host takes the registers that it gives, but for a VM that is broken; then its vCPUs say so.
-        let _ = self.to_host();
+        let _ = self.give_irqchip();
         self.set_cmos();
     }
 
@@ -485,7 +485,7 @@ impl Pc {
     }
 
     /// Take over the registers of controllers in the engine's host. Nothing may run.
-    fn from_host(&self) -> Result<(), EngineError> {
+    fn fetch_irqchip(&self) -> Result<(), EngineError> {
         if let Some(chip) = self.vm.0.get().and_then(|vm| vm.irqchip()) {
             lock(&self.pic).set_registers(&chip.pics()?);
             lock(&self.ioapic).set_registers(&chip.ioapic()?);
@@ -495,7 +495,7 @@ impl Pc {
     }
 
     /// Give them theirs.
-    fn to_host(&self) -> Result<(), EngineError> {
+    fn give_irqchip(&self) -> Result<(), EngineError> {
         if let Some(chip) = self.vm.0.get().and_then(|vm| vm.irqchip()) {
             let (pics, ioapic) = (lock(&self.pic).registers(), lock(&self.ioapic).registers());
             chip.set(&pics, &ioapic, &lock(&self.pit).registers())?;
@@ -508,7 +508,7 @@ impl Pc {
     /// # Errors
     /// When the engine's host does not tell the state of controllers that it has.
     pub fn save(&self) -> Result<Vec<Section>, EngineError> {
-        self.from_host()?;
+        self.fetch_irqchip()?;
         let mut all: Vec<Section> = self
             .devices
             .iter()
@@ -548,7 +548,7 @@ impl Pc {
         let load = |d: &mut dyn Device| -> Result<(), StateError> { d.load(find(d.kind(), d.instance())?) };
         load(&mut *lock(&self.pic))?;
         load(&mut *lock(&self.ioapic))?;
-        self.to_host().map_err(|e| StateError::Stream(e.to_string()))
+        self.give_irqchip().map_err(|e| StateError::Stream(e.to_string()))
     }
 }
 
