@@ -21,6 +21,7 @@ mod codemem;
 pub mod cpu;
 pub mod cpuid;
 pub mod decode;
+mod hash;
 pub mod interp;
 pub mod mmu;
 pub mod native;

@@ -9,12 +9,12 @@ pub use sync::CodeSync;
 
 use crate::cpu::{Cpu, Trap};
 use crate::decode::{self, Fetched, Mode, Op, op_flags};
+use crate::hash::BuildKeyHasher;
 use crate::mmu::{Access, Fetch, Mapping};
 use ringfort_memory::{PAGE_SHIFT, PageTracker};
 use ringfort_x86::segment::{CS, DS, ES, SS};
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -52,6 +52,8 @@ pub struct Block {
     pub code: Cell<usize>,
     /// Times that the interpreter executed it.
     pub heat: Cell<u32>,
+    /// Its translation holds only while more than its page is as it was: it says so itself, and is made anew then.
+    pub guarded: Cell<bool>,
     stamp: Stamp,
     /// For a block that is one page-crossing instruction: the second page's address and stamp.
     second: Option<(u64, Stamp)>,
@@ -65,7 +67,16 @@ impl Block {
     }
 
     fn new(ops: Box<[Op]>, bytes: u16, gpa: u64, stamp: Stamp, second: Option<(u64, Stamp)>) -> Block {
-        Block { ops, bytes, gpa, code: Cell::new(0), heat: Cell::new(0), stamp, second }
+        Block {
+            ops,
+            bytes,
+            gpa,
+            code: Cell::new(0),
+            heat: Cell::new(0),
+            guarded: Cell::new(false),
+            stamp,
+            second,
+        }
     }
 
     /// Whether all of it lies in one page of RAM.
@@ -103,26 +114,10 @@ struct Jump {
 
 const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, block: ptr::null() };
 
-#[derive(Default)]
-struct KeyHasher(u64);
-
-impl Hasher for KeyHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, _: &[u8]) {
-        unreachable!("keys are u64")
-    }
-    fn write_u64(&mut self, n: u64) {
-        // Fibonacci hashing; the table uses the top bits as well as the low ones.
-        self.0 = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-    }
-}
-
 /// All blocks of one vCPU.
 pub struct BlockCache {
     #[allow(clippy::vec_box, reason = "jump-cache entries point to the blocks, so they must not move")]
-    blocks: HashMap<u64, Box<Block>, BuildHasherDefault<KeyHasher>>,
+    blocks: HashMap<u64, Box<Block>, BuildKeyHasher>,
     jumps: Box<[Jump; JUMPS]>,
     /// A block that must not be found again: its bytes are not in RAM.
     transient: Option<Box<Block>>,
@@ -241,7 +236,7 @@ impl Cpu {
             || context == self.mmu.global_context << 8 | self.mode_key
     }
 
-    /// The block, and where it lies (as if not in a global page, if it lies in two pages).
+    /// The block, and where it lies.
     #[cold]
     fn look_up_block(&mut self, lin: u64, rip: u64, single: bool) -> Result<(*const Block, Fetch), Trap> {
         if self.code64() {
@@ -265,10 +260,8 @@ impl Cpu {
                     // The page that follows by linear address may be another one now.
                     Some((second, _)) => {
                         let next = (lin | 0xfff).wrapping_add(1);
-                        let tail = self.fetch_translate(next)?;
-                        if tail.gpa == second {
-                            self.mmu.note_fetched(next, &Fetch { global: false, ..tail });
-                            from.global = false;
+                        if self.fetch_translate(next)?.gpa == second {
+                            self.note_second(next, &mut from)?;
                             return Ok((block, from));
                         }
                     }
@@ -277,8 +270,19 @@ impl Cpu {
         }
         let block = self.decode_block(lin, rip, gpa, MAX_OPS, false)?;
         // SAFETY: just decoded, and kept.
-        from.global &= unsafe { &*block }.second.is_none();
+        if unsafe { &*block }.second.is_some() {
+            self.note_second((lin | 0xfff).wrapping_add(1), &mut from)?;
+        }
         Ok((block, from))
+    }
+
+    /// A block of two pages is the same in all address spaces only if both are; the second begins at `next`.
+    fn note_second(&mut self, next: u64, from: &mut Fetch) -> Result<(), Trap> {
+        let next = if self.long_mode() { next } else { next & 0xffff_ffff };
+        let tail = self.fetch_translate(next)?;
+        from.global &= tail.global;
+        self.mmu.note_fetched(next, &Fetch { global: from.global, ..tail });
+        Ok(())
     }
 
     /// Translate a fetch at `lin`.
@@ -376,10 +380,7 @@ impl Cpu {
     ) -> Result<*const Block, Trap> {
         let next_lin = (lin | 0xfff).wrapping_add(1);
         let next_lin = if self.long_mode() { next_lin } else { next_lin & 0xffff_ffff };
-        // A block of two pages is remembered as if they were not global.
-        let tail = self.fetch_translate(next_lin)?;
-        self.mmu.note_fetched(next_lin, &Fetch { global: false, ..tail });
-        let next = tail.gpa;
+        let next = self.fetch_translate(next_lin)?.gpa;
         let found = self.mmu.ram.find(next).map(|(s, off)| (s.host, off, s.tracker.clone()));
         let mut buf = [0u8; 30];
         buf[..head.len()].copy_from_slice(head);
@@ -480,6 +481,17 @@ impl Cpu {
             self.env.vm.code_sync.announce(&self.env, gpa & !0xfff);
         }
         Stamp { word: tracker.word(page), value: generation | PageTracker::CODE_BIT }
+    }
+
+    /// As [`Cpu::begin_code`]: the code word of the page at `offset` of a RAM slot, and what it must hold.
+    pub(crate) fn code_stamp(
+        &mut self,
+        tracker: &PageTracker,
+        offset: u64,
+        gpa: u64,
+    ) -> (*const AtomicU32, u32) {
+        let s = self.begin_code(tracker, offset >> PAGE_SHIFT, gpa);
+        (s.word, s.value)
     }
 
     /// End the running block after the current instruction.

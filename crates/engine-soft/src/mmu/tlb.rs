@@ -4,7 +4,9 @@
 //! global; what is not leaves them when the address space changes. User sets are kept for several recently used address spaces (PCIDs), so
 //! that a switch of address spaces by a guest that uses PCIDs empties nothing.
 
+use crate::hash::BuildKeyHasher;
 use ringfort_memory::RamMap;
+use std::collections::HashSet;
 
 /// log2 of the entries per set.
 pub const TLB_BITS: u32 = 12;
@@ -224,8 +226,8 @@ impl TlbSet {
 
 /// Where code was fetched from.
 struct Fetched {
-    /// 4 KiB pages, roughly: by a hash.
-    pages: [u64; 256],
+    /// Numbers of 4 KiB pages.
+    pages: HashSet<u64, BuildKeyHasher>,
     /// 1 GiB regions with code in large pages; a region not among them has none, unless there are more than these.
     large: Vec<u64>,
 }
@@ -235,16 +237,12 @@ const MOST_LARGE: usize = 8;
 
 impl Fetched {
     fn new() -> Fetched {
-        Fetched { pages: [0; 256], large: Vec::new() }
-    }
-
-    fn hash(lin: u64) -> usize {
-        ((lin >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 50) as usize
+        Fetched { pages: HashSet::default(), large: Vec::new() }
     }
 
     fn note(&mut self, lin: u64, large: bool) {
         if !large {
-            set_bit(&mut self.pages, Fetched::hash(lin));
+            self.pages.insert(lin >> 12);
         } else if self.large.len() <= MOST_LARGE && !self.large.contains(&(lin >> 30)) {
             self.large.push(lin >> 30);
         }
@@ -252,13 +250,13 @@ impl Fetched {
 
     /// Whether code may have been fetched from `lin`'s page.
     fn holds(&self, lin: u64) -> bool {
-        bit(&self.pages, Fetched::hash(lin))
+        self.pages.contains(&(lin >> 12))
             || self.large.len() > MOST_LARGE
             || self.large.contains(&(lin >> 30))
     }
 
     fn clear(&mut self) {
-        self.pages.fill(0);
+        self.pages.clear();
         self.large.clear();
     }
 }

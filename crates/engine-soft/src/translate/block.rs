@@ -3,12 +3,12 @@
 use super::asm::{Address, Code, Hole, SP, T0, T1};
 pub(super) use super::choose::How;
 use super::choose::{condition, how, writes_memory};
-use super::control::Out;
+use super::control::{Out, context_at};
 use super::flags::{self, ALL};
 use super::group::Group;
 use super::memory::{Operand, Wanted};
 use super::replay::{At, Producer};
-use super::stubs::{CONTEXT, LIVE, PINNED, RIP_AT, live, reg_at};
+use super::stubs::{LIVE, PINNED, RIP_AT, live, reg_at};
 use super::{Link, Stubs, Translator};
 use crate::cache::Block;
 use crate::cpu::{CodeSize, Cpu, ZERO};
@@ -20,7 +20,7 @@ use iced_x86::{
 use std::sync::atomic::AtomicU32;
 
 /// Most host bytes that one guest instruction becomes, slow path included; blocks are not begun with less room than this for each op.
-const MOST_PER_OP: usize = 600;
+pub(super) const MOST_PER_OP: usize = 600;
 
 /// Which general registers an instruction reads and writes, a bit each.
 #[derive(Debug, Clone, Copy, Default)]
@@ -128,6 +128,10 @@ impl Cpu {
                 _ => return false,
             }
         }
+        if let Some(done) = instructions.first().and_then(|i| self.translate_idiom(b, i)) {
+            return done;
+        }
+        let Some(t) = self.translator.as_mut() else { return false };
         let emit = Emit::new(t, b);
         let look = |to: i64| match usize::try_from(to).ok().filter(|&at| at < 4096) {
             Some(at) => flags::wanted(&page[at..], self.mode, self.decode_options),
@@ -141,6 +145,7 @@ impl Cpu {
     /// Translate a block that is one instruction across a page boundary: by the handler, if the second page is still what and where it was.
     fn translate_crossing(&mut self, b: &Block) -> bool {
         let context = self.cache.context;
+        let context_at = context_at(context == self.mmu.global_context);
         let (Some(op), Some((word, value)), Some(t)) =
             (b.ops.first(), b.second_stamp(), self.translator.as_mut())
         else {
@@ -154,13 +159,14 @@ impl Cpu {
         emit.here = op.off.into();
         emit.hows = vec![How::Call];
         emit.wanted = vec![ALL];
-        emit.guard_second(word, value, context);
+        emit.guard(&[(word, value)], context_at, context, None);
         emit.by_handler(op);
         emit.go(i64::from(op.off) + i64::from(op.len));
         emit.begin_cold();
         emit.emit_outs();
         let code = emit.c;
         t.add(b, &code);
+        b.guarded.set(true);
         true
     }
 
@@ -200,8 +206,18 @@ pub(super) fn in_width(n: u8, like: Register) -> Register {
 }
 
 impl Translator {
+    /// The code of `b`, which others may jump to, is out of date: they go by the jump table from now on.
+    pub(super) fn redirect(&mut self, b: &Block) {
+        if let Some(to) = self.add_detour(b.first()) {
+            let at = b.code.get() - self.memory.address(0);
+            let distance = to.wrapping_sub(b.code.get() + 5) as u32;
+            self.memory.write(at, &[0xe9]);
+            self.memory.write(at + 1, &distance.to_le_bytes());
+        }
+    }
+
     /// Code that goes by the jump table to what lies `to` bytes into the page; its address, if there is room.
-    pub(super) fn add_detour(&mut self, to: u64) -> Option<usize> {
+    fn add_detour(&mut self, to: u64) -> Option<usize> {
         let start = self.used;
         if self.room() < MOST_PER_OP {
             return None;
@@ -217,7 +233,7 @@ impl Translator {
     }
 
     /// Put the code of `b` in force.
-    fn add(&mut self, b: &Block, code: &Code) {
+    pub(super) fn add(&mut self, b: &Block, code: &Code) {
         let (hot, cold) = code.parts();
         let start = self.used;
         self.memory.write(start, hot);
@@ -233,7 +249,7 @@ impl Translator {
 }
 
 impl<'a> Emit<'a> {
-    fn new(t: &'a mut Translator, b: &Block) -> Emit<'a> {
+    pub(super) fn new(t: &'a mut Translator, b: &Block) -> Emit<'a> {
         let Translator { memory, used, cold_used, stubs, encoder, info, links, fast_pext, .. } = t;
         let start = *used;
         Emit {
@@ -266,20 +282,31 @@ impl<'a> Emit<'a> {
         }
     }
 
-    /// Leave to the interpreter what lies [`Emit::here`] bytes into the page unless a code word has its value and a context is in force.
-    fn guard_second(&mut self, word: *const AtomicU32, value: u32, context: u64) {
-        self.c.imm64(T1, word as u64);
-        self.c.raw(&[0x41, 0x81, 0x3e]); // cmp dword [r14]
-        self.c.raw(&value.to_le_bytes());
-        let stale = self.c.jcc(5);
-        self.c.cpu32(&[0x81], 7, CONTEXT); // cmp dword [context]
+    /// Leave to the interpreter what lies [`Emit::here`] bytes into the page unless code words have their values, a context (its offset in the
+    /// `Cpu`, and value) is in force, and the page lies at a linear address.
+    pub(super) fn guard(
+        &mut self,
+        stamps: &[(*const AtomicU32, u32)],
+        context_at: i32,
+        context: u64,
+        page: Option<i32>,
+    ) {
+        let mut failed = Vec::new();
+        for &(word, value) in stamps {
+            self.c.imm64(T1, word as u64);
+            self.c.raw(&[0x41, 0x81, 0x3e]); // cmp dword [r14]
+            self.c.raw(&value.to_le_bytes());
+            failed.push(self.c.jcc(5));
+        }
+        self.c.cpu32(&[0x81], 7, context_at); // cmp dword [context]
         self.c.raw(&(context as u32).to_le_bytes());
-        let same = self.c.jcc(4);
-        self.c.land(stale);
-        self.c.imm(T0, self.here);
-        let (base, to) = (self.base, self.stubs.interpret);
-        self.c.far(0xe9, base, to);
-        self.c.land(same);
+        failed.push(self.c.jcc(5));
+        if let Some(page) = page {
+            self.c.cpu(0x81, 7, RIP_AT); // cmp qword [rip]
+            self.c.raw(&page.to_le_bytes());
+            failed.push(self.c.jcc(5));
+        }
+        self.outs.push(Out::interpret(failed, self.here));
     }
 }
 
@@ -382,22 +409,7 @@ impl Emit<'_> {
             let hole = self.c.jmp();
             self.c.fill(hole, back);
         }
-        for s in std::mem::take(&mut self.slow) {
-            self.c.land(s.from);
-            if let Some(p) = s.lost {
-                self.replay_of(p, T1);
-                self.flags_to_memory(T1);
-            }
-            for n in 0..s.count {
-                self.call(s.op.wrapping_add(n));
-            }
-            self.need_vectors_after(s.op.wrapping_add(s.count - 1));
-            if s.flags {
-                self.flags_from_memory(T1);
-            }
-            let back = self.c.jmp();
-            self.c.fill(back, s.back);
-        }
+        self.emit_slow();
         self.emit_outs();
         self.c
     }
@@ -418,7 +430,7 @@ impl Emit<'_> {
     }
 
     /// What follows seldom executes.
-    fn begin_cold(&mut self) {
+    pub(super) fn begin_cold(&mut self) {
         let split = self.c.at();
         self.hot_size = split;
         let farther = self.cold_base.wrapping_sub(self.base.wrapping_add(split)) as i64;
@@ -430,6 +442,26 @@ impl Emit<'_> {
     /// The offset in code memory of what lies at `at` in the piece.
     pub(super) fn memory_offset(&self, at: usize) -> usize {
         if at >= self.hot_size { self.cold_start + (at - self.hot_size) } else { self.start + at }
+    }
+
+    /// The slow paths of memory accesses.
+    pub(super) fn emit_slow(&mut self) {
+        for s in std::mem::take(&mut self.slow) {
+            self.c.land(s.from);
+            if let Some(p) = s.lost {
+                self.replay_of(p, T1);
+                self.flags_to_memory(T1);
+            }
+            for n in 0..s.count {
+                self.call(s.op.wrapping_add(n));
+            }
+            self.need_vectors_after(s.op.wrapping_add(s.count - 1));
+            if s.flags {
+                self.flags_from_memory(T1);
+            }
+            let back = self.c.jmp();
+            self.c.fill(back, s.back);
+        }
     }
 
     /// Make the vector state that the block needs live, if it is not, for what begins [`Emit::here`] bytes into the page. Flags are in memory.

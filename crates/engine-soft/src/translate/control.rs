@@ -48,6 +48,15 @@ enum Why {
     Link(u32),
     /// A guard has failed.
     Guard(u32),
+    /// The interpreter is to do it.
+    Interpret,
+}
+
+impl Out {
+    /// To the interpreter, for what lies `to` bytes from the page's beginning.
+    pub(super) fn interpret(from: Vec<Hole>, to: i64) -> Out {
+        Out { from, to, why: Why::Interpret }
+    }
 }
 
 impl Emit<'_> {
@@ -124,14 +133,14 @@ impl Emit<'_> {
     }
 
     /// Go to the guest address in [`T0`].
-    fn go_indirect(&mut self) {
+    pub(super) fn go_indirect(&mut self) {
         let (base, to) = (self.base, self.stubs.look_up);
         self.c.far(0xe8, base, to);
         self.c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
     }
 
     /// A hole to jump from if the address in [`T0`] is not canonical. Clobbers [`T1`].
-    fn wild(&mut self) -> Hole {
+    pub(super) fn wild(&mut self) -> Hole {
         self.c.mov(T1, T0);
         self.c.raw(&[0x49, 0xc1, 0xfe, 0x2f]); // sar r14, 47
         self.c.raw(&[0x49, 0x83, 0xc6, 0x01]); // add r14, 1
@@ -169,6 +178,7 @@ impl Emit<'_> {
                     self.c.imm(T1, link.into());
                     self.c.far(0xe9, base, self.stubs.link);
                 }
+                Why::Interpret => self.c.far(0xe9, base, self.stubs.interpret),
                 Why::Poll(back) => {
                     self.c.far(0xe8, base, self.stubs.poll);
                     let hole = self.c.jmp();

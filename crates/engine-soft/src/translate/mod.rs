@@ -16,6 +16,7 @@ mod control;
 mod flags;
 mod group;
 mod gs;
+mod idiom;
 mod memory;
 mod replay;
 mod stubs;
@@ -25,6 +26,7 @@ use crate::cache::Block;
 use crate::codemem::CodeMemory;
 use crate::cpu::{Activity, Cpu, RIP};
 use crate::decode::{Flow, Op};
+use block::MOST_PER_OP;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use stubs::Stubs;
@@ -63,7 +65,7 @@ mod exit {
 }
 
 /// Names of the exits, for statistics.
-pub const EXITS: [&str; 8] = ["poll", "look-up", "link", "advance", "branch", "trap", "panic", "interpret"];
+pub const EXITS: [&str; 7] = ["poll", "look-up", "advance", "branch", "trap", "panic", "interpret"];
 
 /// An entry of the jump table. The layout is known to [`stubs`].
 #[derive(Clone, Copy)]
@@ -299,11 +301,16 @@ impl Cpu {
     pub(crate) fn run_translated(&mut self, block: *const Block) -> Option<After> {
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
-        if std::mem::take(&mut self.hot.interpret) && (b.one_page() || b.code.get() != 0) {
-            if !b.one_page() {
+        if std::mem::take(&mut self.hot.interpret) && (!b.guarded.get() || b.code.get() != 0) {
+            if b.guarded.get() {
                 // Its guard is out of date; the block is not, as it has just been found.
+                let rip = self.regs[usize::from(RIP)];
+                let t = self.translator.as_mut()?;
+                t.redirect(b);
+                t.jumps[(rip ^ rip >> 12) as usize % JUMPS] = NO_JUMP;
                 b.code.set(0);
                 b.heat.set(0);
+                b.guarded.set(false);
             }
             return None;
         }
@@ -431,15 +438,7 @@ impl Cpu {
         let global = context == self.mmu.global_context;
         let Some(t) = self.translator.as_mut() else { return };
         let Some(&link) = t.links.get(number) else { return };
-        let to = if b.one_page() {
-            b.code.get()
-        } else {
-            // Its code is made anew whenever its second page lies elsewhere: always by the jump table.
-            match t.add_detour(b.first()) {
-                Some(to) if link.page.is_some() => to,
-                _ => return,
-            }
-        };
+        let to = b.code.get();
         let distance = |from: usize| (to.wrapping_sub(t.memory.address(from + 4)) as u32).to_le_bytes();
         match link.page {
             Some(page) => {
