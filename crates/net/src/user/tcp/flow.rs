@@ -61,9 +61,9 @@ pub struct Flow {
     /// The window told last, in bytes.
     pub told: usize,
     pub ack_due: bool,
-    /// Bytes of the guest that are not acknowledged, and whether the acknowledgement may wait.
+    /// Bytes of the guest that are not acknowledged, and until when the acknowledgement may wait.
     pub unacknowledged: usize,
-    pub delayed: bool,
+    pub delayed: Option<Instant>,
     /// The host may have data, as far as known.
     pub readable: bool,
     pub deadline: Option<Instant>,
@@ -145,7 +145,7 @@ impl Flow {
             told: 0,
             ack_due: false,
             unacknowledged: 0,
-            delayed: false,
+            delayed: None,
             readable: false,
             deadline: None,
             queued: None,
@@ -226,7 +226,7 @@ impl Flow {
             header.header_len = (start + 20 + options.len()) as u16;
         }
         self.told = free;
-        (self.ack_due, self.unacknowledged) = (false, 0);
+        (self.ack_due, self.unacknowledged, self.delayed) = (false, 0, None);
         // What is alone on its way need not stand behind what others move in bulk.
         let urgent = len <= self.mss && self.max_sent == 0;
         c.push_as(header, frame, urgent);

@@ -278,12 +278,12 @@ impl Tcp {
                 f.acknowledge(c);
                 continue;
             }
-            f.delayed = true;
             let at = Instant::now() + ACK_DELAY;
             if self.delayed.is_empty() && c.ack_timer.reset(ACK_DELAY, None).is_err() {
                 f.acknowledge(c);
                 continue;
             }
+            f.delayed = Some(at);
             self.delayed.push_back((at, id));
         }
     }
@@ -301,10 +301,8 @@ impl Tcp {
             }
             self.delayed.pop_front();
             if let Some(f) = self.flows.get_mut(&id)
-                && f.ack_due
-                && f.delayed
+                && f.delayed == Some(at)
             {
-                f.delayed = false;
                 f.acknowledge(c);
             }
         }

@@ -155,9 +155,9 @@ impl Tcp {
         } else if !f.ack_due {
             f.ack_due = true;
             self.due.push(id);
-        } else if f.delayed && (f.unacknowledged >= f.mss || !whole) {
+        } else if f.delayed.is_some() && (f.unacknowledged >= f.mss || !whole) {
             // It waits no longer.
-            f.delayed = false;
+            f.delayed = None;
             self.due.push(id);
         }
         if f.is_done() {

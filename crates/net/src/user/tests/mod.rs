@@ -166,7 +166,11 @@ fn pattern(len: usize) -> Vec<u8> {
 
 /// A server on the host that gives back what it gets, after all of it came.
 fn echo_after_end() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
+    // The standard library's queue of 128 overflows when a thousand come at once; the kernel resets what it then has no state of.
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket.bind(&"127.0.0.1:0".parse::<SocketAddr>().expect("an address").into()).expect("bind");
+    socket.listen(4096).expect("listen");
+    let listener = TcpListener::from(socket);
     let at = listener.local_addr().expect("address");
     std::thread::spawn(move || {
         while let Ok((mut s, _)) = listener.accept() {
