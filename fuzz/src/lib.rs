@@ -12,6 +12,7 @@ mod network;
 mod options;
 mod pci;
 mod queue;
+mod state;
 
 pub use boot::boot_loader;
 pub use cards::{e1000e, net_services, virtio_net};
@@ -21,12 +22,13 @@ pub use network::user_network;
 pub use options::options;
 pub use pci::pci_config;
 pub use queue::virtio_queue;
+pub use state::state_file;
 
 /// A fuzz target.
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 11] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("boot_loader", boot_loader),
     ("decoder", decoder),
     ("disk_import", disk_import),
@@ -36,6 +38,7 @@ pub const TARGETS: [(&str, Target); 11] = [
     ("options", options),
     ("pci_config", pci_config),
     ("user_network", user_network),
+    ("state_file", state_file),
     ("virtio_net", virtio_net),
     ("virtio_queue", virtio_queue),
 ];

@@ -2,6 +2,7 @@
 
 use crate::config::{Accel, KvmConfig, KvmIrqchip, Tier, VmConfig};
 use crate::error::VmmError;
+use crate::saved::Saved;
 use ringfort_base::kvm_probe::{self, KvmFitness};
 use ringfort_engine::Hypervisor;
 use ringfort_engine_kvm::KvmOptions;
@@ -28,6 +29,23 @@ pub(crate) fn open(config: &VmConfig, say: &mut dyn FnMut(&str)) -> Result<Box<d
             soft(config.tier)
         }
     }
+}
+
+/// As [`open`], for a machine that was `saved`, if it was: where the engine was left open, one that its CPUs fit.
+pub(crate) fn open_for(
+    config: &VmConfig,
+    saved: Option<&Saved>,
+    say: &mut dyn FnMut(&str),
+) -> Result<Box<dyn Hypervisor>, VmmError> {
+    let engine = open(config, say)?;
+    if let (Some(saved), Accel::Auto) = (saved, config.accel)
+        && engine.name() != "soft"
+        && let Err(e) = saved.cpuid(engine.name(), engine.capabilities())
+    {
+        say(&format!("engine: soft ({e})"));
+        return soft(config.tier);
+    }
+    Ok(engine)
 }
 
 /// What was found out about KVM, in a few words.

@@ -100,7 +100,7 @@ impl Machine {
         say: &mut dyn FnMut(&str),
     ) -> Result<Machine, VmmError> {
         let config = &with_addresses(config);
-        let engine = crate::engine::open(config, say)?;
+        let engine = crate::engine::open_for(config, saved, say)?;
         let mut cpus = describe_cpus(config, engine.as_ref(), say)?;
         let offered = engine.capabilities();
         let cpuid: Vec<CpuidTable> = match saved {
@@ -121,6 +121,10 @@ impl Machine {
         let log = Arc::new(crate::log::GuestLog::new(&config.name));
         let room = Room::default();
         let hold = Arc::new(Hold::default());
+        if saved.is_some() {
+            // What is typed from now on is for the guest as it will be.
+            hold.hold();
+        }
         let debug_log = log.clone();
         let config_of_pc = PcConfig {
             layout,

@@ -32,6 +32,25 @@ pub fn debian_guest() -> ringfort_guest::DefaultGuest {
     ringfort_guest::ensure(&cache, &mut ()).expect("the default guest")
 }
 
+/// A lab with hardware virtualization that runs `script`, with `ringfort` and the test guest's `vmlinuz` and `initrd` in it. QEMU gets
+/// `more` options.
+pub fn in_lab(script: &str, scratch: &Scratch, more: &[&str]) -> Guest {
+    let cache = ringfort_guest::cache_dir().expect("a cache folder");
+    let lab = ringfort_guest::ensure_lab(&cache, &mut ()).expect("the lab");
+    let guest = test_guest();
+    let files = [
+        ("ringfort", Path::new(env!("CARGO_BIN_EXE_ringfort"))),
+        ("vmlinuz", &guest.kernel),
+        ("initrd", &guest.initrd),
+    ];
+    let run = ringfort_guest::LabRun { script, files: &files, cpus: 1, memory: 1024 };
+    let mut command = lab.command(&run, &scratch.0).expect("the lab's command");
+    command.args(more);
+    let mut g = Guest::start(command);
+    g.expect(&format!("{}ready", ringfort_guest::LAB));
+    g
+}
+
 /// A folder that goes away with the test.
 pub struct Scratch(pub PathBuf);
 
@@ -189,6 +208,15 @@ impl Guest {
             }
         }
         self.child.wait().expect("its status");
+        std::mem::take(&mut self.said)
+    }
+
+    /// Wait for the process to end with status 0; gives everything that it said.
+    pub fn ended_well(&mut self) -> String {
+        while let Ok(bytes) = self.output.recv_timeout(PATIENCE) {
+            self.said.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        assert_eq!(self.child.wait().expect("its status").code(), Some(0), "it said:\n{}", self.tail());
         std::mem::take(&mut self.said)
     }
 

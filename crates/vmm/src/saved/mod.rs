@@ -14,7 +14,7 @@ pub use check::Unfit;
 pub use disks::{DiskState, OpenDisk};
 pub use read::Saved;
 pub use ringfort_state::Compression;
-pub use show::show;
+pub use show::{StreamSummary, show};
 pub use write::SaveTarget;
 
 use crate::config::VmConfig;

@@ -3,8 +3,9 @@
 use super::Saved;
 use crate::error::VmmError;
 use ringfort_engine::CpuState;
-use ringfort_state::Chunk;
+use ringfort_state::{Chunk, StateError};
 use serde_json::{Value, json};
+use std::io::Read;
 use std::path::Path;
 
 /// Read the state in the file `path` to its end, checking all of it, and describe it as JSON. Bodies of devices' sections are shown in
@@ -14,7 +15,7 @@ use std::path::Path;
 /// [`VmmError::State`].
 pub fn show(path: &Path, bodies: bool) -> Result<Value, VmmError> {
     let mut saved = Saved::open(path)?;
-    let streams = streams(&mut saved).map_err(|e| VmmError::State(format!("{}: {e}", path.display())))?;
+    let streams = saved.streams().map_err(|e| VmmError::State(format!("{}: {e}", path.display())))?;
     let sections: Vec<Value> = saved
         .sections
         .iter()
@@ -58,22 +59,43 @@ pub fn show(path: &Path, bodies: bool) -> Result<Value, VmmError> {
     }))
 }
 
-fn streams(saved: &mut Saved) -> Result<Vec<Value>, ringfort_state::StateError> {
-    let mut all = Vec::new();
-    while let Some((name, instance)) = saved.pages.next_stream()? {
-        let (mut chunks, mut data, mut zero) = (0u64, 0u64, 0u64);
-        while let Some(chunk) = saved.pages.next_chunk()? {
-            chunks += 1;
-            match chunk {
-                Chunk::Data(_, b) => data += b.len() as u64,
-                Chunk::Zeroes(_, n) => zero += n,
+/// What a stream of pages holds.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StreamSummary {
+    /// `ram` or `overlay`.
+    pub name: String,
+    /// Which one.
+    pub instance: u32,
+    /// Pieces.
+    pub chunks: u64,
+    /// Bytes that are there.
+    pub data_bytes: u64,
+    /// Bytes that are zero.
+    pub zero_bytes: u64,
+}
+
+impl<R: Read> Saved<R> {
+    /// Read all streams, checking them, and sum up what they hold.
+    ///
+    /// # Errors
+    /// What is damaged.
+    pub fn streams(&mut self) -> Result<Vec<StreamSummary>, StateError> {
+        let mut all = Vec::new();
+        while let Some((name, instance)) = self.pages.next_stream()? {
+            let mut sum = StreamSummary { name, instance, chunks: 0, data_bytes: 0, zero_bytes: 0 };
+            while let Some(chunk) = self.pages.next_chunk()? {
+                sum.chunks += 1;
+                match chunk {
+                    Chunk::Data(_, b) => sum.data_bytes += b.len() as u64,
+                    // Nothing says that pieces do not lie above each other.
+                    Chunk::Zeroes(_, n) => sum.zero_bytes = sum.zero_bytes.saturating_add(n),
+                }
             }
+            all.push(sum);
         }
-        all.push(json!({
-            "name": name, "instance": instance, "chunks": chunks, "data-bytes": data, "zero-bytes": zero
-        }));
+        Ok(all)
     }
-    Ok(all)
 }
 
 fn vcpu(apic_id: u32, s: &CpuState) -> Value {
