@@ -25,6 +25,8 @@ struct Cli {
 enum Command {
     Run(Box<run::RunArgs>),
     Net(net::NetArgs),
+    /// Boot a virtual machine that waits for gdb: `ringfort run --gdb :1234`, with the same options
+    Debug(Box<run::RunArgs>),
     Restore(Box<restore::RestoreArgs>),
     /// Look into a saved state
     #[command(subcommand)]
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => args.run(),
         Command::Net(args) => args.run(),
+        Command::Debug(args) => args.debug(),
         Command::Restore(args) => args.run(),
         Command::State(command) => command.run(),
         Command::Doctor { json } => doctor::run(json),
@@ -125,7 +128,7 @@ fn usage(error: &clap::Error) -> ExitCode {
     }
     let sub = std::env::args()
         .nth(1)
-        .filter(|a| matches!(a.as_str(), "run" | "restore" | "state" | "doctor" | "guest"));
+        .filter(|a| matches!(a.as_str(), "run" | "debug" | "restore" | "state" | "doctor" | "guest"));
     exit::usage(&one_line(&error.render().to_string(), sub.as_deref()))
 }
 

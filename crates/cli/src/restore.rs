@@ -3,6 +3,7 @@
 use crate::{exit, run};
 use clap::{Args, Subcommand, ValueHint};
 use ringfort_vmm::config::{AccelOption, Serial};
+use ringfort_vmm::gdb::GdbOption;
 use ringfort_vmm::saved::{SaveTarget, Saved};
 use ringfort_vmm::{Options, VmmError};
 use std::path::PathBuf;
@@ -42,6 +43,9 @@ pub struct RestoreArgs {
     /// Where Ctrl-A s and signal USR1 save it the next time; by default to the same file
     #[arg(long, value_name = "FILE[,compress=zstd|none]")]
     save: Option<SaveTarget>,
+    /// Wait for gdb, as for `ringfort run`
+    #[arg(long, value_name = "[HOST]:PORT|unix:PATH|dev:PATH[,wait=off]")]
+    gdb: Option<GdbOption>,
 }
 
 const AFTER: &str = "\
@@ -65,15 +69,15 @@ impl RestoreArgs {
     /// Do it.
     pub fn run(self) -> ExitCode {
         match self.prepare() {
-            Ok((saved, save)) => {
+            Ok((saved, save, gdb)) => {
                 let config = saved.config.clone();
-                run::start(&config, Options { save, restore: Some(saved), ..Options::default() })
+                run::start(&config, Options { save, restore: Some(saved), gdb, ..Options::default() })
             }
             Err(e) => exit::usage(&e.to_string()),
         }
     }
 
-    fn prepare(self) -> Result<(Saved, Option<SaveTarget>), VmmError> {
+    fn prepare(self) -> Result<(Saved, Option<SaveTarget>, Option<GdbOption>), VmmError> {
         let mut saved = Saved::open(&self.file)?;
         let wrong = |what: String| Err(VmmError::State(format!("{}: {what}", self.file.display())));
         let config = &mut saved.config;
@@ -99,7 +103,7 @@ impl RestoreArgs {
         config.name = self.name.unwrap_or_else(|| config.name.clone());
         config.no_reboot |= self.no_reboot;
         saved.check_disks(self.ignore_disk_changes)?;
-        Ok((saved, self.save))
+        Ok((saved, self.save, self.gdb))
     }
 }
 

@@ -6,6 +6,7 @@ use clap::{Args, ValueHint};
 use ringfort_vmm::config::{
     AccelOption, Boot, CpusOption, Disk, InvalidConfig, MemoryOption, NetOption, Serial, VmConfig,
 };
+use ringfort_vmm::gdb::{GdbAddress, GdbOption};
 use ringfort_vmm::saved::SaveTarget;
 use ringfort_vmm::{Options, Outcome, VmmError};
 use std::path::PathBuf;
@@ -70,6 +71,9 @@ pub struct RunArgs {
     /// Tell Linux perf where translated code lies (/tmp/perf-PID.map), for `perf record` and `perf report`
     #[arg(long)]
     jit_perf_map: bool,
+    /// Wait for gdb (`target remote ADDRESS`), which has the vCPUs as threads; wait=off: let the guest run meanwhile
+    #[arg(long, value_name = "[HOST]:PORT|unix:PATH|dev:PATH[,wait=off]")]
+    pub gdb: Option<GdbOption>,
 }
 
 const AFTER: &str = "\
@@ -131,17 +135,25 @@ Examples:
   ringfort run --kernel vmlinuz --disk path=root.img --cmdline 'console=ttyS0 root=/dev/vda'";
 
 impl RunArgs {
+    /// Do it under gdb.
+    pub fn debug(mut self) -> ExitCode {
+        let usual = || GdbOption { address: GdbAddress::Tcp("127.0.0.1:1234".into()), wait: true };
+        self.gdb.get_or_insert_with(usual);
+        self.run()
+    }
+
     /// Do it.
     pub fn run(self) -> ExitCode {
         if self.cpu == "help" {
             return cpu_help();
         }
-        let (save, stats, jit_perf_map) = (self.save.clone(), self.stats.clone(), self.jit_perf_map);
+        let (save, gdb) = (self.save.clone(), self.gdb.clone());
+        let (stats, jit_perf_map) = (self.stats.clone(), self.jit_perf_map);
         let config = match self.config() {
             Ok(c) => c,
             Err(message) => return exit::usage(&message),
         };
-        start(&config, Options { save, stats, jit_perf_map, ..Options::default() })
+        start(&config, Options { save, gdb, stats, jit_perf_map, ..Options::default() })
     }
 
     fn config(self) -> Result<VmConfig, String> {

@@ -51,6 +51,9 @@ pub enum VmmError {
     /// A saved state cannot be written or taken over.
     #[error("{0}")]
     State(String),
+    /// gdb cannot be listened for.
+    #[error("--gdb: {0}")]
+    Gdb(io::Error),
     /// The engine failed while the guest ran.
     #[error("{0}")]
     Engine(#[from] EngineError),

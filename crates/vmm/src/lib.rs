@@ -9,6 +9,7 @@ pub mod config;
 pub mod disk;
 mod engine;
 mod error;
+pub mod gdb;
 mod halt;
 mod lines;
 mod log;

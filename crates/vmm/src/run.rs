@@ -4,6 +4,7 @@ use crate::chardev::{Chardev, Command};
 use crate::config::{Serial, VmConfig};
 use crate::disk::{DiskTrouble, OnTrouble};
 use crate::error::VmmError;
+use crate::gdb::{After, GdbEvent, GdbOption, Server, Session};
 use crate::halt::{Act, Halt};
 use crate::lines::Lines;
 use crate::machine::Machine;
@@ -12,9 +13,11 @@ use crate::vcpus::VcpuEvent;
 use ringfort_base::signals::SignalFd;
 use ringfort_base::{EventLoop, Handle, Interest, RawTerminal};
 use ringfort_devices::power::{PowerEvent, PowerSink};
+use ringfort_engine::DebugStop;
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -40,8 +43,9 @@ pub enum Outcome {
 enum Event {
     Power(PowerEvent),
     Command(Command),
-    Vcpu(VcpuEvent),
     Disk(DiskTrouble),
+    Vcpu(usize, VcpuEvent),
+    Gdb(GdbEvent),
     Signal,
     SaveSignal,
 }
@@ -49,7 +53,7 @@ enum Event {
 impl Event {
     /// Whether it comes from the user and not from the guest.
     fn is_from_user(&self) -> bool {
-        matches!(self, Event::Command(_) | Event::Signal | Event::SaveSignal)
+        matches!(self, Event::Command(_) | Event::Signal | Event::SaveSignal | Event::Gdb(_))
     }
 }
 
@@ -100,6 +104,8 @@ pub struct Options {
     pub stats: Option<PathBuf>,
     /// Let the software engine tell Linux perf where its translations lie.
     pub jit_perf_map: bool,
+    /// Listen for gdb.
+    pub gdb: Option<GdbOption>,
 }
 
 /// Build the machine, run it to its end.
@@ -128,20 +134,27 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     let pty = |what: &str, line: &Chardev| line.pty.as_ref().map(|p| format!("{what}: {}", p.display()));
     let ptys = [pty("serial port", &serial), console.as_ref().and_then(|c| pty("console", c))];
     let from_vcpus = Shared(Mutex::new(post.clone()));
-    let report = move |_, e| ringfort_bus::lock(&from_vcpus.0).send(Event::Vcpu(e));
+    let report = move |n, e| ringfort_bus::lock(&from_vcpus.0).send(Event::Vcpu(n, e));
     let power = Arc::new(Shared(Mutex::new(post.clone())));
     let from_disks = Shared(Mutex::new(post.clone()));
     let trouble: OnTrouble = Arc::new(move |t| ringfort_bus::lock(&from_disks.0).send(Event::Disk(t)));
     // Said once the machine stands, so that a mistake is told alone.
     let mut remarks = Vec::new();
     let mut remark = |line: &str| remarks.push(line.to_owned());
-    let Options { save, mut restore, stats, jit_perf_map } = options;
+    let Options { save, mut restore, gdb, stats, jit_perf_map } = options;
     if jit_perf_map {
         ringfort_engine_soft::perf_map::enable().map_err(host("making the perf map"))?;
     }
     if let Some(target) = &save {
         target.check()?;
     }
+    let server = match &gdb {
+        None => None,
+        Some(g) => {
+            let from_gdb = post.clone();
+            Some(Server::start(&g.address, move |e| from_gdb.send(Event::Gdb(e))).map_err(VmmError::Gdb)?)
+        }
+    };
     let lines = Lines { serial, console };
     let mut machine = Machine::build(config, restore.as_ref(), lines, power, report, &trouble, &mut remark)?;
     if let Some(saved) = &mut restore {
@@ -156,9 +169,14 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
         None => SaveTarget::by_default(format!("{}.rfstate", config.name).into()),
     });
     drop(restore);
-    let machine = machine;
+    let machine = Rc::new(machine);
+    let mut session = gdb.map(|g| Session::new(machine.clone(), g.wait));
     remarks.iter().for_each(|line| ui.say(line));
     ptys.iter().flatten().for_each(|line| ui.say(line));
+    if let (Some(server), Some(session)) = (&server, &session) {
+        let waits = if session.holds() { "the guest waits for gdb" } else { "gdb can connect" };
+        ui.say(&format!("{waits}: `target remote {}`", server.address));
+    }
     let signals = &signals;
     main.add(signals, Interest::READ, move |_, _| {
         while let Ok(Some(signal)) = signals.next() {
@@ -172,7 +190,9 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
         true => RawTerminal::enter(&io::stdin()).map_err(host("setting up the terminal"))?,
         false => None,
     };
-    machine.resume();
+    if session.as_ref().is_none_or(|s| !s.holds()) {
+        machine.resume();
+    }
     let mut waiting = VecDeque::new();
     let mut halt = Halt::default();
     // The terminal is raw.
@@ -193,7 +213,22 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                     if let Some(path) = &stats {
                         write_statistics(&machine, path)?;
                     }
+                    if let Some(s) = &mut session {
+                        s.ended(if let Outcome::DebugExit(status) = outcome { status } else { 0 });
+                    }
                     return Ok(outcome);
+                }
+                Next::Gdb(event) => {
+                    if session.as_mut().is_some_and(|s| s.event(event) == After::Kill) {
+                        machine.pause();
+                        return Ok(Outcome::Quit);
+                    }
+                }
+                Next::Stopped(vcpu, stop) => {
+                    if session.as_mut().is_some_and(|s| s.stopped(vcpu, stop) == After::Kill) {
+                        machine.pause();
+                        return Ok(Outcome::Quit);
+                    }
                 }
                 Next::Fail(e) => {
                     machine.pause();
@@ -201,6 +236,9 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                 }
                 Next::PowerButton => machine.power_button(),
                 Next::ToggleLink => _ = machine.toggle_links(),
+                Next::Save if session.as_ref().is_some_and(Session::is_connected) => {
+                    ui.say(&format!("not saved while gdb is connected: detach it first{end}"));
+                }
                 Next::Save => {
                     machine.pause();
                     // What the guest did last counts: one that has just powered off is not saved.
@@ -226,7 +264,9 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                     waiting.extend(queue.try_iter().filter(Event::is_from_user));
                     machine.reset()?;
                     halt.forget();
-                    machine.resume();
+                    if session.as_ref().is_none_or(|s| !s.holds()) {
+                        machine.resume();
+                    }
                 }
             }
         }
@@ -263,6 +303,8 @@ enum Next {
     Continue,
     End(Outcome),
     Fail(VmmError),
+    Gdb(GdbEvent),
+    Stopped(usize, DebugStop),
     PowerButton,
     ToggleLink,
     Save,
@@ -285,8 +327,9 @@ fn next(config: &VmConfig, event: Event) -> Next {
         Event::Command(Command::Reset) => Next::Reset,
         Event::Disk(trouble) => Next::Disk(trouble),
         Event::Command(Command::Continue) => Next::Continue,
-        Event::Vcpu(VcpuEvent::Shutdown) => reset,
-        Event::Vcpu(VcpuEvent::Debug(_)) => Next::GoOn,
-        Event::Vcpu(VcpuEvent::Failed(e)) => Next::Fail(e.into()),
+        Event::Vcpu(_, VcpuEvent::Shutdown) => reset,
+        Event::Vcpu(vcpu, VcpuEvent::Debug(stop)) => Next::Stopped(vcpu, stop),
+        Event::Gdb(event) => Next::Gdb(event),
+        Event::Vcpu(_, VcpuEvent::Failed(e)) => Next::Fail(e.into()),
     }
 }

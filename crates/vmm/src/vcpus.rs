@@ -23,6 +23,8 @@ pub enum VcpuEvent {
 struct One {
     orders: Sender<Order>,
     kicker: Arc<dyn Kick>,
+    /// Does not run with the others.
+    frozen: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -47,11 +49,13 @@ impl Vcpus {
         for (number, vcpu) in vcpus.into_iter().enumerate() {
             let (orders, queue) = channel();
             let kicker = vcpu.kicker();
+            let frozen = Arc::new(AtomicBool::new(false));
+            let held = frozen.clone();
             let (running, report) = (running.clone(), report.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{number}"))
-                .spawn(move || serve(vcpu, &queue, &running, |e| report(number, e)))?;
-            all.push(One { orders, kicker, thread: Some(thread) });
+                .spawn(move || serve(vcpu, &queue, &running, &held, |e| report(number, e)))?;
+            all.push(One { orders, kicker, frozen, thread: Some(thread) });
         }
         Ok(Vcpus { all, running })
     }
@@ -80,6 +84,29 @@ impl Vcpus {
     pub fn pause(&self) {
         self.running.store(false, Ordering::SeqCst);
         self.with_each(|_, _| ());
+    }
+
+    /// Leave one out when the others run, or no longer. To be called while all are paused.
+    pub fn freeze(&self, number: usize, frozen: bool) {
+        if let Some(one) = self.all.get(number) {
+            one.frozen.store(frozen, Ordering::SeqCst);
+        }
+    }
+
+    /// Run `f` on one vCPU's own thread, between instructions. `None` if there is no such vCPU, or its thread has died.
+    pub fn with_one<T: Send + 'static>(
+        &self,
+        number: usize,
+        f: impl Fn(&mut dyn Vcpu) -> T + Send + 'static,
+    ) -> Option<T> {
+        let one = self.all.get(number)?;
+        let (tx, rx) = channel();
+        let order: Order = Box::new(move |vcpu| {
+            let _ = tx.send(f(vcpu));
+        });
+        one.orders.send(order).ok()?;
+        one.kicker.kick();
+        rx.recv().ok()
     }
 
     /// Run `f` on every vCPU's own thread, between instructions, and collect the answers in order. A running machine goes on
@@ -130,12 +157,13 @@ fn serve(
     mut vcpu: Box<dyn Vcpu>,
     orders: &Receiver<Order>,
     running: &AtomicBool,
+    frozen: &AtomicBool,
     report: impl Fn(VcpuEvent),
 ) {
     // After a shutdown or failure the vCPU does not run again until it is told to.
     let mut halted = false;
     loop {
-        let order = if running.load(Ordering::SeqCst) && !halted {
+        let order = if running.load(Ordering::SeqCst) && !frozen.load(Ordering::SeqCst) && !halted {
             match orders.try_recv() {
                 Ok(order) => Some(order),
                 Err(std::sync::mpsc::TryRecvError::Empty) => None,

@@ -121,18 +121,9 @@ impl Cpu {
     /// The run loop while a debugger wants something.
     #[cold]
     pub(super) fn run_debugged(&mut self) -> VcpuExit {
-        let by_block = self.debugger.request.step || self.debugger.breakpoints().next().is_some();
-        let translator = if by_block { self.translator.take() } else { None };
-        let exit = self.debug_loop();
-        if translator.is_some() {
-            self.translator = translator;
-        }
-        exit
-    }
-
-    fn debug_loop(&mut self) -> VcpuExit {
         self.debugger.hit = None;
         let step = self.debugger.request.step;
+        let by_address = self.debugger.breakpoints().next().is_some();
         let mut until_timer = 0;
         loop {
             if until_timer == 0 {
@@ -158,6 +149,8 @@ impl Cpu {
             }
             if step || self.breakpoint_in_block(lin) {
                 self.step_single();
+            } else if by_address {
+                self.step_block_interpreted();
             } else if self.step_block() {
                 until_timer = 0;
             }

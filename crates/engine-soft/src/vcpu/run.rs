@@ -1,5 +1,6 @@
 //! The run loop: find a block, execute its ops, and look up between blocks.
 
+use crate::cache::Block;
 use crate::cpu::{Activity, Cpu, RIP, Shadow, Trap, TrapInfo};
 use crate::decode::{Exec, Flow, Op};
 use crate::translate::After;
@@ -81,6 +82,23 @@ impl Cpu {
             Some(After::Poll) => return Ok(true),
             Some(After::Trap(op)) => return Err((Trap::carried(), Some(op))),
         }
+        self.interpret(block)
+    }
+
+    /// As [`Cpu::step_block`], without translated code.
+    pub(super) fn step_block_interpreted(&mut self) {
+        if self.step_by_step() {
+            return self.step_single();
+        }
+        let done = self.find_block(false).map_err(|t| (t, None)).and_then(|block| self.interpret(block));
+        if let Err((trap, op)) = done {
+            self.deliver_trap(trap, op);
+        }
+    }
+
+    /// Execute a block op by op.
+    #[inline(always)]
+    fn interpret(&mut self, block: *const Block) -> Result<bool, (Trap, Option<*const Op>)> {
         // SAFETY: the cache keeps a block until another is decoded, which no op does.
         let (ops, first) = unsafe { (&(*block).ops, (*block).first()) };
         self.enter_page(first);

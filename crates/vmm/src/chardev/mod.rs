@@ -152,7 +152,7 @@ impl Drop for Chardev {
 }
 
 /// A socket file that nobody listens on is left over from a crash; anything else stays.
-fn remove_stale(path: &std::path::Path) -> io::Result<()> {
+pub(crate) fn remove_stale(path: &std::path::Path) -> io::Result<()> {
     use std::os::unix::fs::FileTypeExt;
     match std::fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -1,0 +1,284 @@
+//! Debian's gdb on a guest's kernel: from its first instructions to user space.
+
+mod support;
+
+use ringfort_guest::{TEST_PROMPT, TestGuest};
+use std::collections::HashMap;
+use std::process::Command;
+use support::tiny::Code;
+use support::*;
+
+/// gdb, with what it is told and what it says.
+struct Gdb(Guest);
+
+impl Gdb {
+    /// None where there is no gdb: the test is skipped.
+    fn start() -> Option<Gdb> {
+        if Command::new("gdb").arg("--version").output().is_err() {
+            println!("skipped: there is no gdb here");
+            return None;
+        }
+        let mut command = Command::new("gdb");
+        command.args(["-q", "-nx", "-iex", "set pagination off", "-iex", "set confirm off"]);
+        let mut gdb = Gdb(Guest::start(command));
+        gdb.0.expect("(gdb) ");
+        Some(gdb)
+    }
+
+    /// Give a command; what it said.
+    fn ask(&mut self, command: &str) -> String {
+        self.0.send(&format!("{command}\n"));
+        self.0.expect("(gdb) ")
+    }
+
+    /// Give a command that says all of `parts`.
+    fn says(&mut self, command: &str, parts: &[&str]) -> String {
+        let said = self.ask(command);
+        for part in parts {
+            assert!(said.contains(part), "`{command}` said, without {part:?}:\n{said}");
+        }
+        said
+    }
+}
+
+/// Addresses of symbols of the test guest's kernel, placed where it was linked.
+fn symbols(guest: &TestGuest, engine: &str, names: &[&str]) -> HashMap<String, String> {
+    let cmdline = format!("{} nokaslr", guest.cmdline);
+    let mut g = Guest::start(ringfort(&[
+        "run",
+        "--accel",
+        engine,
+        "--memory",
+        "256M",
+        "--net",
+        "none",
+        "--kernel",
+        text(&guest.kernel),
+        "--initrd",
+        text(&guest.initrd),
+        "--cmdline",
+        &cmdline,
+    ]));
+    g.expect(TEST_PROMPT);
+    let all = names
+        .iter()
+        .map(|n| {
+            (
+                n.to_string(),
+                format!("0x{}", g.shell(&format!("grep -m1 ' {n}$' /proc/kallsyms | cut -d' ' -f1"))),
+            )
+        })
+        .collect();
+    g.send("poweroff -f\n");
+    assert_eq!(g.wait().code(), Some(0));
+    all
+}
+
+/// What the issue asks for: start_kernel, steps, registers, a watchpoint, on to user space.
+fn a_kernel_is_debugged(engine: &str) {
+    let _turn = one_at_a_time();
+    let Some(mut gdb) = Gdb::start() else { return };
+    let guest = test_guest();
+    let names = ["start_kernel", "system_state", "linux_banner", "__x64_sys_openat", "kernel_init"];
+    let at = symbols(&guest, engine, &names);
+    let at = |n: &str| at[n].as_str();
+    let scratch = Scratch::new(&format!("gdb-{}", engine.replace([',', '='], "-")));
+    let socket = scratch.0.join("gdb");
+    let place = format!("unix:{}", text(&socket));
+    let cmdline = format!("{} nokaslr", guest.cmdline);
+    let mut g = Guest::start(ringfort(&[
+        "run",
+        "--accel",
+        engine,
+        "--memory",
+        "256M",
+        "--cpus",
+        "2",
+        "--net",
+        "none",
+        "--kernel",
+        text(&guest.kernel),
+        "--initrd",
+        text(&guest.initrd),
+        "--cmdline",
+        &cmdline,
+        "--gdb",
+        &place,
+    ]));
+    while !socket.exists() {
+        assert!(g.is_running(), "{}", g.tail());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    gdb.ask(&format!("target remote {}", text(&socket)));
+    gdb.says("info threads", &["vCPU 0: running", "vCPU 1: not started"]);
+    assert_eq!(g.said, "", "it ran before gdb let it");
+    // Before the kernel has its page tables: nothing is mapped at its addresses.
+    let start = at("start_kernel");
+    gdb.says(&format!("break *{start}"), &["Breakpoint 1"]);
+    gdb.says("continue", &["Breakpoint 1, ", start]);
+    gdb.says("p/x $rip", &[start]);
+    gdb.says("p/x $cs", &["0x10"]);
+    gdb.says("p $eflags", &["["]);
+    gdb.says("p $efer & 0x500", &["1280"]);
+    gdb.says("p/x $cr0 & 0x80000001", &["0x80000001"]);
+    gdb.says(&format!("x/s {}", at("linux_banner")), &["Linux version 6."]);
+    // Steps: each to another instruction, the first ones straight on.
+    let mut seen = vec![gdb.ask("p/x $rip")];
+    for _ in 0..5 {
+        gdb.ask("stepi");
+        let now = gdb.ask("p/x $rip");
+        assert_ne!(seen.last().and_then(|s| s.split('=').nth(1)), now.split('=').nth(1));
+        seen.push(now);
+    }
+    // Registers can be changed: R15 is the callee's to keep, so it is put back.
+    let kept = gdb.ask("p/x $r15");
+    let kept = kept.split("= ").nth(1).expect("a value").trim().to_owned();
+    gdb.ask("set $r15 = 0x1234567887654321");
+    gdb.says("p/x $r15", &["0x1234567887654321"]);
+    gdb.ask(&format!("set $r15 = {kept}"));
+    gdb.ask("set $xmm3.uint128 = 0x112233");
+    gdb.says("p/x $xmm3.uint128", &["0x112233"]);
+    gdb.ask("set $xmm3.uint128 = 0");
+    // A watchpoint: SYSTEM_BOOTING becomes SYSTEM_SCHEDULING.
+    let watched = format!("*(int *){}", at("system_state"));
+    gdb.says(&format!("watch {watched}"), &["Hardware watchpoint 2"]);
+    gdb.says("continue", &["Hardware watchpoint 2", "Old value = 0", "New value = 1"]);
+    gdb.ask("delete");
+    // A breakpoint in memory, at the threads' way to the first process.
+    gdb.says(&format!("break *{}", at("kernel_init")), &["Breakpoint 3"]);
+    gdb.says("continue", &["Breakpoint 3, ", at("kernel_init")]);
+    // gdb shows what the guest has there, not the breakpoint.
+    assert!(!gdb.ask("x/1xb $rip").contains("0xcc"));
+    gdb.ask("stepi");
+    gdb.ask("delete");
+    // User space calls.
+    gdb.says(&format!("hbreak *{}", at("__x64_sys_openat")), &["Hardware assisted breakpoint 4"]);
+    gdb.says("continue", &["Breakpoint 4, ", at("__x64_sys_openat")]);
+    gdb.says("info threads", &["vCPU 0", "vCPU 1"]);
+    gdb.ask("delete");
+    gdb.ask("continue &");
+    g.expect(TEST_PROMPT);
+    assert_eq!(g.shell("cat /sys/devices/system/cpu/online"), "0-1");
+    // What Ctrl-C does, and back.
+    gdb.0.send("interrupt\n");
+    gdb.0.expect("SIGINT");
+    gdb.says("thread 2", &["Switching to thread"]);
+    gdb.ask("x/i $rip");
+    gdb.ask("detach");
+    assert_eq!(g.shell("echo still here"), "still here");
+    let problems = g.shell("dmesg | grep -icE 'stall|BUG:|lockup|int3' || true");
+    assert_eq!(problems, "0", "{}", g.shell("dmesg | tail -30"));
+    g.send("poweroff -f\n");
+    assert_eq!(g.wait().code(), Some(0));
+    assert!(!socket.exists());
+}
+
+#[test]
+fn a_kernel_is_debugged_under_the_translator() {
+    a_kernel_is_debugged("soft");
+}
+
+#[test]
+fn a_guest_is_debugged_under_the_interpreter() {
+    let Some(mut gdb) = Gdb::start() else { return };
+    let scratch = Scratch::new("gdb-tiny");
+    // 64 rounds that store ECX at 90000h: mov ecx, 64; mov [90000h], ecx; dec ecx; jnz; then echo.
+    let code =
+        Code::new().raw(&[0xb9, 64, 0, 0, 0, 0x89, 0x0d, 0, 0, 9, 0, 0x49, 0x75, 0xf7]).print("up\n").echo();
+    let kernel = scratch.file("kernel", &code.multiboot());
+    let socket = scratch.0.join("gdb");
+    let place = format!("unix:{}", text(&socket));
+    let mut g = Guest::start(ringfort(&[
+        "run",
+        "--accel",
+        "soft,tier=interp",
+        "--memory",
+        "64M",
+        "--net",
+        "none",
+        "--kernel",
+        text(&kernel),
+        "--gdb",
+        &place,
+    ]));
+    while !socket.exists() {
+        assert!(g.is_running());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    gdb.ask(&format!("target remote {}", text(&socket)));
+    // The image's header is 32 bytes long.
+    gdb.says("p/x $rip", &["0x100020"]);
+    gdb.ask("stepi");
+    gdb.says("p/x $rip", &["0x100025"]);
+    gdb.says("p $rcx", &["= 64"]);
+    gdb.says("watch *(int *)0x90000", &["Hardware watchpoint 1"]);
+    for (old, new) in [("0", "64"), ("64", "63"), ("63", "62")] {
+        gdb.says("continue", &[&format!("Old value = {old}"), &format!("New value = {new}")]);
+    }
+    gdb.ask("delete");
+    gdb.says("break *0x10002b", &["Breakpoint 2"]);
+    gdb.says("continue", &["Breakpoint 2, "]);
+    gdb.says("p $rcx", &["= 61"]);
+    gdb.says("continue", &["Breakpoint 2, "]);
+    gdb.says("p $rcx", &["= 60"]);
+    gdb.ask("set $rcx = 1");
+    gdb.ask("delete");
+    gdb.says("x/2xb 0x10002b", &["0x49", "0x75"]);
+    gdb.ask("detach");
+    g.expect("up\n");
+    // Another debugger, and one that ends the machine.
+    gdb.ask(&format!("target remote {}", text(&socket)));
+    gdb.says("p/x $rip", &["0x10"]);
+    gdb.0.send("kill\n");
+    assert_eq!(g.wait().code(), Some(0));
+}
+
+/// In the lab; gdb speaks to it through a serial line.
+#[test]
+fn a_kernel_is_debugged_under_kvm() {
+    let _turn = one_at_a_time();
+    let Some(mut gdb) = Gdb::start() else { return };
+    let scratch = Scratch::new("gdb-lab");
+    let socket = scratch.0.join("gdb");
+    let line = format!("unix:{},server=on,wait=off", text(&socket));
+    // The lab's own kernel is the guest's, at the same addresses.
+    let script = "set -e\n\
+        for s in start_kernel system_state kernel_init; do echo at $s $(grep -m1 \" $s$\" /proc/kallsyms | cut -d' ' -f1) end; done\n\
+        stty -F /dev/ttyS2 raw -echo\n\
+        ./ringfort run --kernel vmlinuz --initrd initrd --memory 128M --net none --cpus 2 --accel kvm \
+        --cmdline 'console=ttyS0 panic=-1 quiet nokaslr' --gdb dev:/dev/ttyS2\n";
+    let mut g = in_lab(script, &scratch, &["-serial", &line]);
+    let mut at = |name: &str| {
+        g.expect(&format!("at {name} "));
+        format!("0x{}", g.expect(" end"))
+    };
+    let (start, state, init) = (at("start_kernel"), at("system_state"), at("kernel_init"));
+    g.expect("the guest waits for gdb");
+    gdb.ask("set remotetimeout 200");
+    gdb.ask(&format!("target remote {}", text(&socket)));
+    gdb.says("info threads", &["vCPU 0: running", "vCPU 1: not started"]);
+    gdb.says(&format!("break *{start}"), &["Breakpoint 1"]);
+    gdb.says("continue", &["Breakpoint 1, ", &start]);
+    let mut seen = vec![gdb.ask("p/x $rip")];
+    for _ in 0..3 {
+        gdb.ask("stepi");
+        let now = gdb.ask("p/x $rip");
+        assert_ne!(seen.last().and_then(|s| s.split('=').nth(1)), now.split('=').nth(1));
+        seen.push(now);
+    }
+    gdb.ask("set $xmm3.uint128 = 0x112233");
+    gdb.says("p/x $xmm3.uint128", &["0x112233"]);
+    gdb.says("p/x $cr0 & 0x80000001", &["0x80000001"]);
+    gdb.says(&format!("watch *(int *){state}"), &["Hardware watchpoint 2"]);
+    gdb.says("continue", &["Hardware watchpoint 2", "Old value = 0", "New value = 1"]);
+    gdb.ask("delete");
+    gdb.says(&format!("break *{init}"), &["Breakpoint 3"]);
+    gdb.says("continue", &["Breakpoint 3, ", &init]);
+    gdb.ask("delete");
+    gdb.ask("detach");
+    g.expect(TEST_PROMPT);
+    assert_eq!(g.shell("cat /sys/devices/system/cpu/online"), "0-1");
+    g.send("poweroff -f\n");
+    g.expect(&format!("{}exit 0", ringfort_guest::LAB));
+    assert_eq!(g.wait().code(), Some(0));
+}
