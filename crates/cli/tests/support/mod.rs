@@ -32,25 +32,6 @@ pub fn debian_guest() -> ringfort_guest::DefaultGuest {
     ringfort_guest::ensure(&cache, &mut ()).expect("the default guest")
 }
 
-/// A lab with hardware virtualization that runs `script`, with `ringfort` and the test guest's `vmlinuz` and `initrd` in it. QEMU gets
-/// `more` options.
-pub fn in_lab(script: &str, scratch: &Scratch, more: &[&str]) -> Guest {
-    let cache = ringfort_guest::cache_dir().expect("a cache folder");
-    let lab = ringfort_guest::ensure_lab(&cache, &mut ()).expect("the lab");
-    let guest = test_guest();
-    let files = [
-        ("ringfort", Path::new(env!("CARGO_BIN_EXE_ringfort"))),
-        ("vmlinuz", &guest.kernel),
-        ("initrd", &guest.initrd),
-    ];
-    let run = ringfort_guest::LabRun { script, files: &files, cpus: 1, memory: 1024 };
-    let mut command = lab.command(&run, &scratch.0).expect("the lab's command");
-    command.args(more);
-    let mut g = Guest::start(command);
-    g.expect(&format!("{}ready", ringfort_guest::LAB));
-    g
-}
-
 /// A folder that goes away with the test.
 pub struct Scratch(pub PathBuf);
 
