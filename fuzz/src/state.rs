@@ -113,7 +113,7 @@ fn change(all: &mut [Section], input: &mut Input<'_>) {
     let n = usize::from(input.u8()) % all.len();
     let section = &mut all[n];
     let how = input.u8();
-    if how % 16 == 0 {
+    if how.is_multiple_of(16) {
         section.version = u32::from(input.u8());
     }
     if how % 16 == 1 {
