@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 use support::tiny::Code;
 use support::*;
 
-/// Rounds of saving and restoring a Linux guest: more with RINGFORT_LONG_TESTS.
+/// Rounds of saving and restoring a Linux guest: more with RINGFORT_TEST_LONG.
 fn rounds() -> usize {
-    if std::env::var_os("RINGFORT_LONG_TESTS").is_some() { 20 } else { 4 }
+    if std::env::var_os("RINGFORT_TEST_LONG").is_some() { 20 } else { 4 }
 }
 
 /// A small guest that sends back what is typed, with a disk, and where its state goes.
