@@ -45,10 +45,11 @@ fn machine() -> &'static (Arc<Pc>, Vec<Section>) {
             debug_exit: Some(0xf4),
             pvpanic: true,
             hpet: true,
+            host_irqchip: false,
             log: Arc::new(|_| {}),
         };
         let pc = Pc::new(config, &Nothing).expect("a machine");
-        let sections = pc.save();
+        let sections = pc.save().expect("a state");
         (pc, sections)
     })
 }
@@ -102,7 +103,7 @@ pub fn state_file(data: &[u8]) {
             for s in pc.serial() {
                 let _ = ringfort_bus::lock(s).save();
             }
-            assert_eq!(pc.save().len(), good.len());
+            assert_eq!(pc.save().expect("a state").len(), good.len());
             pc.load(good).expect("its own state");
         }
     }
