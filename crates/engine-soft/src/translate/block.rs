@@ -9,25 +9,17 @@ use super::group::Group;
 use super::memory::{Operand, Wanted};
 use super::replay::{At, Producer};
 use super::stubs::{LIVE, PINNED, RIP_AT, live, reg_at};
+use super::uses::{Registers, registers, vector_needs, wanted_after};
 use super::{Link, Stubs, Translator};
 use crate::cache::Block;
 use crate::cpu::{CodeSize, Cpu, ZERO};
 use crate::decode::{self, Fetched, Op, op_flags};
 use crate::native;
-use iced_x86::{
-    Code as I, Encoder, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind, Register,
-};
+use iced_x86::{Code as I, Encoder, Instruction, InstructionInfoFactory, Mnemonic as M, OpKind, Register};
 use std::sync::atomic::AtomicU32;
 
 /// Most host bytes that one guest instruction becomes, slow path included; blocks are not begun with less room than this for each op.
 pub(super) const MOST_PER_OP: usize = 600;
-
-/// Which general registers an instruction reads and writes, a bit each.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Registers {
-    reads: u32,
-    pub(super) writes: u32,
-}
 
 /// The slow path of memory accesses: the ops' handlers do all of it.
 struct Slow {
@@ -756,84 +748,8 @@ impl Emit<'_> {
     }
 }
 
-/// The general registers that `i` reads and writes. Of what it writes in part it reads the rest.
-fn registers(i: &Instruction, info: &mut InstructionInfoFactory) -> Registers {
-    let mut all = Registers::default();
-    for u in info.info(i).used_registers() {
-        let r = u.register();
-        if !r.is_gpr() {
-            continue;
-        }
-        let bit = 1 << number(r);
-        use OpAccess::*;
-        let (reads, writes) = match u.access() {
-            None | NoMemAccess => (false, false),
-            Read | CondRead => (true, false),
-            Write => (r.size() < 4, true),
-            CondWrite | ReadWrite | ReadCondWrite => (true, true),
-        };
-        all.reads |= if reads { bit } else { 0 };
-        all.writes |= if writes { bit } else { 0 };
-    }
-    all
-}
-
 /// Give a buffer back to the encoder, empty.
 fn bytes_for_reuse(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes.clear();
     bytes
-}
-
-/// For each instruction the flags that are read after it.
-fn wanted_after(
-    instructions: &[Instruction],
-    hows: &[How],
-    ops: &[Op],
-    next: i64,
-    look: impl Fn(i64) -> u32,
-) -> Vec<u32> {
-    let mut live = match (hows.last(), ops.last()) {
-        (Some(How::Jump), Some(op)) => look(op.imm as i64),
-        (Some(How::Conditional), Some(op)) => look(op.imm as i64) | look(next),
-        (Some(How::CallRelative), Some(op)) => look(op.imm as i64),
-        (Some(How::Call | How::Return | How::JumpIndirect | How::CallIndirect), _) | (None, _) => ALL,
-        _ => look(next),
-    };
-    let mut wanted = vec![0; instructions.len()];
-    for n in (0..instructions.len()).rev() {
-        wanted[n] = live;
-        let u = flags::of(&instructions[n]);
-        live = u.reads | live & !u.kills;
-        // What may fault shows the flags to the fault's handler, as they were before it.
-        let touches_memory =
-            ops[n].flags & op_flags::MEM != 0 && hows[n] != How::Lea && hows[n] != How::Nothing;
-        let may_fault = matches!(
-            hows[n],
-            How::Call
-                | How::Push
-                | How::Pop
-                | How::Leave
-                | How::Divide
-                | How::CallRelative
-                | How::JumpIndirect
-                | How::CallIndirect
-                | How::Return
-                | How::DisableInterrupts
-                | How::EnableInterrupts
-                | How::SwapGs
-                | How::UserAccess(_)
-                | How::PushFlags
-        );
-        if touches_memory || may_fault {
-            live = ALL;
-        }
-    }
-    wanted
-}
-
-/// What of the vector state an instruction needs.
-fn vector_needs(i: &Instruction) -> u8 {
-    live::SSE
-        | if i.encoding() == iced_x86::EncodingKind::Legacy { 0 } else { live::AVX }
-        | if native::uses_mxcsr(i) { live::MXCSR } else { 0 }
 }

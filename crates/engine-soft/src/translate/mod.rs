@@ -21,6 +21,7 @@ mod memory;
 mod replay;
 mod stubs;
 mod system;
+mod uses;
 
 use crate::cache::Block;
 use crate::codemem::CodeMemory;
