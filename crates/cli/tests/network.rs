@@ -149,6 +149,8 @@ fn a_debian_guest_is_online() {
     // Addresses, by DHCP and router advertisements.
     let card = g.shell("cd /sys/class/net; ls -d e*; cd");
     until(&mut g, &format!("networkctl status {card} | grep -q 'State: routable (configured)'"));
+    // Routable by IPv4 alone is not enough: the router's advertisement may still be on its way.
+    until(&mut g, &format!("ip -o address show {card} -tentative | grep -q 'inet6 fec0::'"));
     let addresses = g.shell(&format!("ip -o address show {card}"));
     assert!(addresses.contains("inet 10.0.2.15/24") && addresses.contains("inet6 fec0::"), "{addresses}");
     assert!(g.shell("ip route").contains("default via 10.0.2.2"));

@@ -157,8 +157,9 @@ impl Guest {
 
     /// Run a shell command; gives its output, and checks that it succeeded.
     pub fn shell(&mut self, command: &str) -> String {
-        // The marks are written so that the echo of the command line does not contain them.
-        self.send(&format!("echo rf-'begin'; {command}; echo rf-'end':$?\n"));
+        // The marks are written so that the echo of the command line does not contain them. The kernel's messages would come in between what
+        // the command says.
+        self.send(&format!("dmesg -n 1 2>/dev/null; echo rf-'begin'; {command}; echo rf-'end':$?\n"));
         self.expect("rf-begin\r\n");
         let out = self.expect("rf-end:");
         let status = self.expect("\r\n");
