@@ -2,12 +2,11 @@
 
 use super::tlb::{Mapping, NO_PAGE, mode};
 use super::walk::{Access, Translation};
-use crate::cpu::{Cpu, Int, RIP, Trap};
+use crate::cpu::{Cpu, Int, Trap};
 use ringfort_memory::PAGE_SHIFT;
 use ringfort_x86::Vector;
 use ringfort_x86::cr::*;
 use ringfort_x86::flags::AC;
-use ringfort_x86::segment::CS;
 use std::sync::{Mutex, PoisonError};
 
 /// Where one piece (within a page) of an access goes.
@@ -112,17 +111,9 @@ impl Cpu {
 
     /// A store went to the RAM page of `gpa` by the slow path: log it, and if the page held code, end the current block.
     fn wrote(&mut self, gpa: u64) {
-        // Another vCPU that stores to the page at the same time may have been the one to move its generation.
-        if self.mmu.ram.note_write(gpa) || self.may_run_from(gpa) {
+        if self.mmu.ram.note_write(gpa) {
             self.stop_block();
         }
-    }
-
-    /// Whether the code that runs may lie in the page of `gpa`.
-    fn may_run_from(&self, gpa: u64) -> bool {
-        let rip = self.regs[usize::from(RIP)];
-        let lin = if self.code64() { rip } else { self.seg[CS].base.wrapping_add(rip) & 0xffff_ffff };
-        self.mmu.fetch_hit(lin).is_none_or(|f| f.gpa >> PAGE_SHIFT == gpa >> PAGE_SHIFT)
     }
 
     fn mmio_read(&mut self, gpa: u64, out: &mut [u8]) {
