@@ -38,10 +38,10 @@ pub struct Hold(Arc<Inner>);
 pub struct Alone<'a>(&'a Inner);
 
 impl Gate {
-    /// Come in, once nobody is or wants to be alone.
+    /// Come in, once nobody is alone. Who waits to be alone is not waited for: it may wait for a hold that only this thread can end.
     pub fn share(&self) -> Hold {
         let mut s = self.0.state();
-        while s.alone || s.waiting > 0 {
+        while s.alone {
             s = self.0.wait(s);
         }
         s.shared += 1;
