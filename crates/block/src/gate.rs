@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 #[derive(Default)]
 struct State {
     shared: usize,
-    /// Somebody waits to be alone: nobody else comes in before.
+    /// So many wait to be alone: nobody comes in by [`Gate::try_share`] before. [`Gate::share`] does not wait for them.
     waiting: usize,
     alone: bool,
 }
@@ -31,7 +31,7 @@ impl Inner {
 #[derive(Default)]
 pub struct Gate(Arc<Inner>);
 
-/// A share of a [`Gate`]. Who holds one must not ask for another of the same gate, nor to be alone.
+/// A share of a [`Gate`]. Who holds one must not ask to be alone.
 pub struct Hold(Arc<Inner>);
 
 /// A [`Gate`] that nobody else is in.
