@@ -45,12 +45,14 @@ fn both_say_and_do_the_same() {
             &["-w", "-c", "100", "-d", "4", "-s", "4k", "-o", "1M", "--flush-interval=16", "--pattern=17"],
             &["-w", "-c", "64", "-d", "4", "-s", "64k", "--flush-interval=8", "--no-drain", "--pattern", "5"],
             &["-c", "200", "-d", "64"],
-            &["-c", "20", "-s", "1M", "-q"],
+            &["-c", "20", "-s", "1M"],
         ] {
             let args = |image| [&["bench", "-f", format, "-t", cache][..], more, &[image]].concat();
             let (x, y) = (ours(&args(&a)), theirs(&args(&b)));
             assert_eq!((x.0, timeless(&x.1)), (y.0, timeless(&y.1)), "{more:?}: {} {}", x.2, y.2);
         }
+        // qemu-img 7.2 speaks here all the same, later ones do not.
+        assert_eq!(ours(&["bench", "-f", format, "-c", "20", "-q", &a]), (0, String::new(), String::new()));
         let same = theirs(&["compare", "-f", format, "-F", format, &a, &b]);
         assert_eq!(same.0, 0, "{}", same.1);
         if format == "qcow2" {
