@@ -14,6 +14,11 @@ const CHILD: &str = "RINGFORT_TEST_TERMINAL_CHILD";
 #[test]
 fn child() {
     let Ok(what) = std::env::var(CHILD) else { return };
+    // What started the tests may have them ignored (nohup(1), a shell's `&`), which the guard rightly leaves so.
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: the child has set no handler of its own yet.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let stdin = io::stdin();
     let guard = RawTerminal::enter(&stdin).expect("enter").expect("a terminal");
     assert!(RawTerminal::enter(&stdin).is_err(), "one guard at a time");
