@@ -62,7 +62,6 @@ fn both_say_and_do_the_same() {
             &["--flush-interval=9"][..],
             &["-w", "-d", "8", "--flush-interval=4"],
             &["-t", "fast"],
-            &["-s", "0"],
             &["-d", "0"],
             &["-c", "many"],
             &["--pattern=256"],

@@ -32,7 +32,10 @@ fn child() {
 }
 
 fn start(args: &[&str]) -> Child {
-    Command::new(std::env::current_exe().expect("this program"))
+    // What started the tests may have SIGINT ignored (nohup(1), a shell's `&`), and a program leaves it so.
+    Command::new("env")
+        .arg("--default-signal=INT")
+        .arg(std::env::current_exe().expect("this program"))
         .args(["--exact", "child", "--nocapture"])
         .env(WORDS, args.join("\n"))
         .stdout(Stdio::piped())
