@@ -50,7 +50,7 @@ pub struct RunArgs {
     /// Virtio console (the guest's hvc0): where, as for --serial
     #[arg(long, value_name = "WHERE", default_value = "none")]
     console: Serial,
-    /// A network card: user (the default), tap, bridge=NAME, stream, dgram or none; with options as below; may be repeated
+    /// A network card: user (the default), passt, tap, bridge=NAME, stream, dgram or none; with options as below; may be repeated
     #[arg(long, value_name = "KIND[,OPTIONS]")]
     net: Vec<NetOption>,
     /// Leave when the guest resets, with status 3, instead of booting it again
@@ -101,6 +101,7 @@ Networks (--net):
          ringfort-bridge-helper does it for bridges that /etc/ringfort/bridge.conf allows; helper=PATH names another
   stream a cable over a stream socket, to QEMU's `-netdev stream`, too:  addr=unix:PATH|tcp:HOST:PORT  server=on  reconnect=SECONDS
   dgram  the same over datagrams:  local=unix:PATH|udp:HOST:PORT  remote=unix:PATH|udp:HOST:PORT (a multicast group is a hub)
+  passt  the program passt, when it is installed: path=FILE, arg=ARGUMENT (may be repeated; see passt(1))
   none   no network card
   For all: mac=52:54:00:12:34:56  mtu=N  model=virtio-net|e1000e  rss=on
            tx-rate=BYTES  tx-packets=N  rx-rate=BYTES  rx-packets=N   limits per second from and to the guest; -burst for each

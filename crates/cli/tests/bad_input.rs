@@ -210,6 +210,7 @@ fn networks(p: &Place) {
     p.refuses_options(&["--net", "user,net=10.0.2.0/31"], &["--net (number 1) net", "give 8 to 30"]);
     p.refuses_options(&["--net", "user,hostfwd=tcp:22-22"], &["hostfwd=tcp:22-22", "write for instance"]);
     p.refuses_options(&["--net", "none", "--net", "user"], &["--net", "none stands alone"]);
+    p.refuses_options(&["--net", "passt,path=/no/such/passt"], &["--net", "/no/such/passt", "install passt"]);
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let at = taken.local_addr().expect("its address");
     let told = format!("cannot listen on tcp {at}");

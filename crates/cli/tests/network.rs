@@ -271,3 +271,45 @@ fn a_debian_guest_is_online() {
     g.send("systemctl poweroff\n");
     assert_eq!(g.wait().code(), Some(0));
 }
+
+#[test]
+fn passt_carries_a_guests_frames_when_it_is_there() {
+    let _turn = one_at_a_time();
+    if Command::new("passt").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
+        eprintln!("skipped: passt is not installed");
+        return;
+    }
+    let guest = test_guest();
+    let scratch = Scratch::new("passt");
+    let mut random = fastrand::Rng::with_seed(12);
+    let content: Vec<u8> = (0..4 << 20).map(|_| random.u8(..)).collect();
+    let file = scratch.file("file", &content);
+    let web = Web::start("127.0.0.1:0", &[&scratch.0]).expect("a web server");
+    let mut g = Guest::start(ringfort(&[
+        "run",
+        "--accel",
+        "soft",
+        "--memory",
+        "512M",
+        "--kernel",
+        text(&guest.kernel),
+        "--initrd",
+        text(&guest.initrd),
+        "--cmdline",
+        &guest.cmdline,
+        "--net",
+        "passt,arg=-a,arg=10.5.0.15,arg=-n,arg=24,arg=-g,arg=10.5.0.2",
+    ]));
+    g.expect(ringfort_guest::TEST_PROMPT);
+    // Its frames are as large as it can carry.
+    assert_eq!(g.shell("cat /sys/class/net/eth0/mtu"), "65520");
+    g.shell("ip addr add 10.5.0.15/24 dev eth0; ip link set eth0 up; ip route add default via 10.5.0.2");
+    // For passt the router's address is the host's loopback.
+    let got = g.shell(&format!("wget -q -O - http://10.5.0.2:{}/file | sha256sum", web.at.port()));
+    assert_eq!(got[..64], sha256(&file));
+    g.send("poweroff -f\n");
+    assert_eq!(g.wait().code(), Some(0));
+    let left =
+        Command::new("pgrep").args(["-f", "passt -f -1 -s /tmp/ringfort-passt"]).output().expect("pgrep");
+    assert!(left.stdout.is_empty(), "passt is left behind");
+}

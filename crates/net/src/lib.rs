@@ -2,6 +2,7 @@
 //!
 //! - [`NetBackend`]: what every back end is to a device; it is in no way tied to virtio.
 //! - [`user`]: a router with NAT in this process.
+//! - [`passt`]: the program of that name, over a socket.
 //! - [`tap`]: a network device of the host, alone or on a bridge.
 //! - [`stream`]: other machines over stream sockets and datagrams, QEMU's included.
 //! - [`guard`]: limits and checks in front of any of them.
@@ -14,6 +15,7 @@ pub mod hash;
 mod mac;
 pub mod managed;
 pub mod netlink;
+pub mod passt;
 mod pcap;
 mod poller;
 pub mod segment;

@@ -5,6 +5,7 @@
 use crate::config::{Link, Nic, NicModel, VmConfig};
 use ringfort_devices::e1000e::E1000e;
 use ringfort_net::guard::Guard;
+use ringfort_net::passt::Passt;
 use ringfort_net::stream::{Datagrams, Stream};
 use ringfort_net::tap::{Tap, TapConfig};
 use ringfort_net::user::UserNet;
@@ -38,6 +39,7 @@ fn open_link(
     say: &mut dyn FnMut(&str),
 ) -> Result<Arc<dyn NetBackend>, String> {
     match &nic.link {
+        Link::Passt(config) => Ok(Arc::new(Passt::start(config).map_err(|e| e.to_string())?)),
         Link::Tap(config) => {
             let config = TapConfig { queues: nic.pairs(cpus), ..(**config).clone() };
             let tap = Tap::new(&config).map_err(|e| e.to_string())?;

@@ -4,6 +4,7 @@
 //! networks; everything else is read by the kind's own file beside this one.
 
 mod guard;
+mod passt;
 mod sockets;
 mod tap;
 mod user;
@@ -12,6 +13,7 @@ use super::parse::{ParseError, split, switch};
 use super::size::parse_size;
 use ringfort_net::MacAddr;
 use ringfort_net::guard::GuardConfig;
+use ringfort_net::passt::PasstConfig;
 use ringfort_net::stream::{DatagramConfig, StreamConfig};
 use ringfort_net::tap::TapConfig;
 use ringfort_net::user::UserConfig;
@@ -47,6 +49,8 @@ impl NicModel {
 pub enum Link {
     /// A router with NAT in this process.
     User(Box<UserConfig>),
+    /// The program passt, which this process starts.
+    Passt(PasstConfig),
     /// A network device of the host.
     Tap(Box<TapConfig>),
     /// Another machine, over a stream socket.
@@ -57,12 +61,13 @@ pub enum Link {
 
 impl Link {
     /// What the command line calls them.
-    const KINDS: [&str; 5] = ["user", "tap", "bridge", "stream", "dgram"];
+    const KINDS: [&str; 6] = ["user", "passt", "tap", "bridge", "stream", "dgram"];
 
     /// The kind, as the command line has it.
     pub fn kind(&self) -> &'static str {
         match self {
             Link::User(_) => "user",
+            Link::Passt(_) => "passt",
             Link::Tap(_) => "tap",
             Link::Stream(_) => "stream",
             Link::Dgram(_) => "dgram",
@@ -72,7 +77,7 @@ impl Link {
     /// Whether other machines share the link, so that addresses must differ.
     pub fn is_shared(&self) -> bool {
         match self {
-            Link::User(_) => false,
+            Link::User(_) | Link::Passt(_) => false,
             Link::Tap(_) | Link::Stream(_) | Link::Dgram(_) => true,
         }
     }
@@ -82,7 +87,7 @@ impl Link {
         match self {
             Link::Tap(c) if c.fds.is_empty() => MAX_PAIRS,
             Link::Tap(c) => c.fds.len() as u16,
-            Link::User(_) | Link::Stream(_) | Link::Dgram(_) => 1,
+            Link::User(_) | Link::Passt(_) | Link::Stream(_) | Link::Dgram(_) => 1,
         }
     }
 
@@ -104,6 +109,7 @@ impl Link {
                 user::options(&mut c, options)?;
                 Ok(Link::User(Box::new(c)))
             }
+            ("passt", None) => Ok(Link::Passt(passt::options(options)?)),
             ("tap", None) => {
                 let mut c = TapConfig::default();
                 tap::options(&mut c, options)?;
@@ -122,7 +128,9 @@ impl Link {
     }
 
     fn unknown(kind: &str) -> ParseError {
-        ParseError(format!("'{kind}': the networks are user, tap, bridge=NAME, stream, dgram and none"))
+        ParseError(format!(
+            "'{kind}': the networks are user, passt, tap, bridge=NAME, stream, dgram and none"
+        ))
     }
 }
 
@@ -198,7 +206,7 @@ impl Nic {
                 let queues = if c.fds.is_empty() { c.queues } else { c.fds.len() as u16 };
                 TapConfig { queues, ..(**c).clone() }.problems()
             }
-            Link::Stream(_) => Vec::new(),
+            Link::Passt(_) | Link::Stream(_) => Vec::new(),
             Link::Dgram(c) => c.problems(),
         };
         p.extend(self.guard.problems());

@@ -133,6 +133,8 @@ fn what_is_wrong_is_told_with_what_to_do() {
         ("user,hostfwd=tcp:127.0.0.1:99999-:22", "the host's end"),
         ("user,hostfwd=tcp:127.0.0.1:22-22", "the guest's end"),
         ("user,hostfwd=tcp:::1:22-:22", "the host's end"),
+        ("passt,colour=red", "unknown option 'colour' of passt networks"),
+        ("passt,path=", "path needs a value"),
         ("user,hostfwd=tcp:127.0.0.1:22-:0", "the guest's port is missing"),
     ] {
         let e = bad.parse::<Nic>().unwrap_err().to_string();
