@@ -67,7 +67,7 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Remove what is left of networks whose keepers were killed; start and stop do so, too
+    /// Remove what is left of networks whose keepers, and of bridges whose guests were killed; start does so, too
     Recover,
     /// The process that keeps a network up
     #[command(hide = true)]
@@ -169,12 +169,16 @@ impl NetArgs {
                 for left in networks.recover()? {
                     eprintln!("ringfort: network {left}: its keeper was killed; what was left is removed");
                 }
+                for left in bridges(ringfort_net::tap::recover())? {
+                    eprintln!("ringfort: bridge {left}: its last guest was killed; it is removed");
+                }
                 networks.start(name, &mut self.helper("keep"))
             }
             Verb::Stop { name } => networks.stop(name),
             Verb::Leases { name, json } => leases(networks, name, *json),
             Verb::Recover => {
-                networks.recover()?.iter().for_each(|n| println!("{n}"));
+                networks.recover()?.iter().for_each(|n| println!("network {n}"));
+                bridges(ringfort_net::tap::recover())?.iter().for_each(|b| println!("bridge {b}"));
                 Ok(())
             }
             Verb::Keep { name } => {
@@ -183,6 +187,10 @@ impl NetArgs {
             Verb::Watch { name } => managed::watch(networks, name, &mut std::io::stdin()),
         }
     }
+}
+
+fn bridges<T>(done: std::io::Result<T>) -> Result<T, NetError> {
+    done.map_err(NetError::host("bridges that were made for guests"))
 }
 
 fn print_json<T: serde::Serialize>(value: &T) {
@@ -195,6 +203,12 @@ fn list(networks: &Networks, json: bool) -> Result<(), NetError> {
     if json {
         print_json(&all);
         return Ok(());
+    }
+    for b in bridges(ringfort_net::tap::left_behind())? {
+        eprintln!(
+            "ringfort: bridge {}: its last guest was killed; `ringfort net recover` removes it",
+            b.name
+        );
     }
     println!("{:<16} {:<9} {:<16} {:<8} {:<10} NETWORKS", "NAME", "STATE", "BRIDGE", "FORWARD", "SERVICE");
     for s in all {

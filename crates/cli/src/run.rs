@@ -50,7 +50,8 @@ pub struct RunArgs {
     /// Virtio console (the guest's hvc0): where, as for --serial
     #[arg(long, value_name = "WHERE", default_value = "none")]
     console: Serial,
-    /// A network card: user (the default), passt, tap, bridge=NAME, stream, dgram or none; with options as below; may be repeated
+    /// A network card: user (the default), passt, tap, bridge=NAME, network=NAME, stream, dgram or none; with options as below; may be
+    /// repeated
     #[arg(long, value_name = "KIND[,OPTIONS]")]
     net: Vec<NetOption>,
     /// Leave when the guest resets, with status 3, instead of booting it again
@@ -65,7 +66,7 @@ pub struct RunArgs {
     /// Where Ctrl-A s and signal USR1 save the machine, for `ringfort restore`; by default NAME.rfstate in this folder
     #[arg(long, value_name = "FILE[,compress=zstd|none]")]
     save: Option<SaveTarget>,
-    /// Write the engine's counters to this file at the end, as JSON (`-`: to standard error)
+    /// Write the counters of the engine and of each network card's queues to this file at the end, as JSON (`-`: to standard error)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     stats: Option<PathBuf>,
     /// Tell Linux perf where translated code lies (/tmp/perf-PID.map), for `perf record` and `perf report`
@@ -81,6 +82,7 @@ Keys:
   Ctrl-A x    stop the machine and leave        Ctrl-A h    help
   Ctrl-A p    press the power button            Ctrl-A r    reset
   Ctrl-A l    pull the network cable, or plug it in
+  Ctrl-A n    show what the network cards have counted, queue by queue
   Ctrl-A c    try again what failed on a disk, for a guest that stands because of it
   Ctrl-A s    save the machine and leave; `ringfort restore` goes on with it
 
@@ -99,6 +101,7 @@ Networks (--net):
            ifname=NAME  bridge=NAME  isolated=on (no word with other isolated guests)  queues=N  fd=N (may be repeated)
   bridge=NAME   a tap on that bridge, which is made if there is none and goes with its last guest. Without root,
          ringfort-bridge-helper does it for bridges that /etc/ringfort/bridge.conf allows; helper=PATH names another
+  network=NAME  a tap on a network that `ringfort net start NAME` keeps, with its DHCP, DNS and NAT
   stream a cable over a stream socket, to QEMU's `-netdev stream`, too:  addr=unix:PATH|tcp:HOST:PORT  server=on  reconnect=SECONDS
   dgram  the same over datagrams:  local=unix:PATH|udp:HOST:PORT  remote=unix:PATH|udp:HOST:PORT (a multicast group is a hub)
   passt  the program passt, when it is installed: path=FILE, arg=ARGUMENT (may be repeated; see passt(1))

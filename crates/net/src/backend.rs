@@ -137,6 +137,37 @@ impl VnetHeader {
     }
 }
 
+/// What passed a pair of a card's queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Statistics {
+    /// Frames given to the guest.
+    pub rx_frames: u64,
+    /// Their bytes, without headers of virtio.
+    pub rx_bytes: u64,
+    /// Frames that the guest's filter, too small or missing buffers kept out.
+    pub rx_dropped: u64,
+    /// Frames taken from the guest.
+    pub tx_frames: u64,
+    /// Their bytes.
+    pub tx_bytes: u64,
+    /// Frames of the guest that broke a rule or met a pulled cable.
+    pub tx_dropped: u64,
+}
+
+impl Statistics {
+    /// All numbers with their names.
+    pub fn named(&self) -> [(&'static str, u64); 6] {
+        [
+            ("rx_frames", self.rx_frames),
+            ("rx_bytes", self.rx_bytes),
+            ("rx_dropped", self.rx_dropped),
+            ("tx_frames", self.tx_frames),
+            ("tx_bytes", self.tx_bytes),
+            ("tx_dropped", self.tx_dropped),
+        ]
+    }
+}
+
 /// What became of a frame given to a back end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sent {
@@ -191,6 +222,11 @@ pub trait NetBackend: Send + Sync {
 
     /// Carry a frame of at most [`MAX_FRAME`] bytes from the guest.
     fn send(&self, pair: u16, header: &VnetHeader, frame: &[u8]) -> Sent;
+
+    /// What it counts beside the card's own [`Statistics`]: names and numbers.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 
     /// The frames of one batch are all given.
     fn flush(&self, pair: u16) {

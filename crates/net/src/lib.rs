@@ -9,6 +9,8 @@
 //! - [`managed`]: networks of the host that guests share: a bridge with addresses, NAT, DHCP and DNS.
 
 mod backend;
+mod dhcp;
+pub mod dhcp6;
 mod error;
 pub mod guard;
 pub mod hash;
@@ -18,6 +20,7 @@ pub mod netlink;
 pub mod passt;
 mod pcap;
 mod poller;
+mod resolver;
 pub mod segment;
 pub mod stream;
 mod sys;
@@ -27,7 +30,7 @@ mod testing;
 pub mod user;
 mod wire;
 
-pub use backend::{GsoKind, MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, VnetHeader};
+pub use backend::{GsoKind, MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, Statistics, VnetHeader};
 pub use error::NetError;
 pub use mac::{MacAddr, MacError};
 pub use tap::{Tap, TapConfig};

@@ -304,6 +304,21 @@ impl Machine {
         Some(up)
     }
 
+    /// Counters of the engine, and of the network cards as `net0_queue0_rx_frames`.
+    pub fn statistics(&self) -> Vec<(String, u64)> {
+        let mut all = self.vm.statistics();
+        all.extend(self.net_statistics());
+        all
+    }
+
+    /// Counters of the network cards.
+    pub fn net_statistics(&self) -> Vec<(String, u64)> {
+        let of_card = |(n, c): (usize, &Card)| {
+            c.statistics().into_iter().map(move |(name, value)| (format!("net{n}_{name}"), value))
+        };
+        self.cards.iter().enumerate().flat_map(of_card).collect()
+    }
+
     fn load_kernel(&self) -> Result<Entry, VmmError> {
         let boot = &self.config.boot;
         let mut kernel = open_file("--kernel", &boot.kernel)?;

@@ -100,7 +100,7 @@ pub struct Options {
     pub save: Option<SaveTarget>,
     /// Go on with a saved machine instead of starting one. The configuration is [`Saved::config`].
     pub restore: Option<Saved>,
-    /// Write the engine's counters here at the end, as JSON; `-` is standard error.
+    /// Write the counters of the engine and the network cards here at the end, as JSON; `-` is standard error.
     pub stats: Option<PathBuf>,
     /// Let the software engine tell Linux perf where its translations lie.
     pub jit_perf_map: bool,
@@ -236,6 +236,11 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                 }
                 Next::PowerButton => machine.power_button(),
                 Next::ToggleLink => _ = machine.toggle_links(),
+                Next::Counters => {
+                    for (name, n) in machine.net_statistics() {
+                        ui.say(&format!("{name} {n}{end}"));
+                    }
+                }
                 Next::Save if session.as_ref().is_some_and(Session::is_connected) => {
                     ui.say(&format!("not saved while gdb is connected: detach it first{end}"));
                 }
@@ -273,10 +278,10 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     }
 }
 
-/// The counters of the machine's engine, as JSON.
+/// The counters of the machine's engine and network cards, as JSON.
 fn write_statistics(machine: &Machine, path: &Path) -> Result<(), VmmError> {
     let counters: serde_json::Map<String, serde_json::Value> =
-        machine.vm.statistics().into_iter().map(|(name, n)| (name, n.into())).collect();
+        machine.statistics().into_iter().map(|(name, n)| (name, n.into())).collect();
     let text = format!("{:#}\n", serde_json::Value::Object(counters));
     let written = match path.to_str() {
         Some("-") => io::stderr().write_all(text.as_bytes()),
@@ -307,6 +312,7 @@ enum Next {
     Stopped(usize, DebugStop),
     PowerButton,
     ToggleLink,
+    Counters,
     Save,
     Reset,
 }
@@ -322,6 +328,7 @@ fn next(config: &VmConfig, event: Event) -> Next {
         Event::Command(Command::Quit) | Event::Signal => Next::End(Outcome::Quit),
         Event::Command(Command::PowerButton) => Next::PowerButton,
         Event::Command(Command::ToggleLink) => Next::ToggleLink,
+        Event::Command(Command::Counters) => Next::Counters,
         Event::Command(Command::Save) | Event::SaveSignal => Next::Save,
         // Asked for by the user, not by the guest: it boots again in any case.
         Event::Command(Command::Reset) => Next::Reset,

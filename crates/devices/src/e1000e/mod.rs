@@ -23,7 +23,7 @@ use regs::{
 use ringfort_bus::{IrqLine, MsiSink, Section, StateError, lock};
 use ringfort_memory::GuestMemory;
 use ringfort_net::hash::Toeplitz;
-use ringfort_net::{MacAddr, NetBackend, NetEvents, Offloads, VnetHeader};
+use ringfort_net::{MacAddr, NetBackend, NetEvents, Offloads, Statistics, VnetHeader};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io;
@@ -120,6 +120,8 @@ struct Inner {
     toeplitz: OnceLock<Toeplitz>,
     /// The cable is plugged in.
     link: bool,
+    /// For the user; the registers of the same meaning are the driver's, and clear when it reads them.
+    passed: Statistics,
     io_address: u32,
     /// Enabled causes that were told.
     told: u32,
@@ -229,6 +231,7 @@ impl E1000e {
             scratch: Vec::new(),
             toeplitz: OnceLock::new(),
             link: true,
+            passed: Statistics::default(),
             io_address: 0,
             told: 0,
             last: [None; VECTORS],
@@ -253,6 +256,16 @@ impl E1000e {
     /// Whether the cable is plugged in.
     pub fn link(&self) -> bool {
         lock(&self.inner).link
+    }
+
+    /// What passed so far.
+    pub fn statistics(&self) -> Statistics {
+        lock(&self.inner).passed
+    }
+
+    /// What its network counts besides: names and numbers.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        lock(&self.inner).wiring.backend.counters()
     }
 
     /// Stop; on return guest memory is not touched.

@@ -126,6 +126,7 @@ impl Inner {
                 let on = self.get(RCTL) & rctl::EN != 0 && self.link && self.may_dma();
                 let most = if self.get(RCTL) & rctl::LPE != 0 { LONG } else { SHORT };
                 if !on || frame.len() < 16 || frame.len() + 4 > most || !self.wants(&frame) {
+                    self.passed.rx_dropped += 1;
                     self.inbox = frame;
                     continue;
                 }
@@ -256,6 +257,7 @@ impl Inner {
         } else if size == 0 {
             // There is no ring: the frame is lost, as on a device whose driver sleeps.
             self.count(MPC, 1);
+            self.passed.rx_dropped += 1;
             self.scratch = data;
             return true;
         }
@@ -339,6 +341,8 @@ impl Inner {
     }
 
     fn count_received(&mut self, data: &[u8]) {
+        self.passed.rx_frames += 1;
+        self.passed.rx_bytes += data.len() as u64;
         self.count(GPRC, 1);
         self.count(TPR, 1);
         self.count_bytes(GORCL, data.len());

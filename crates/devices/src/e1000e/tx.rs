@@ -279,8 +279,11 @@ impl Inner {
 
     fn send(&mut self, header: VnetHeader, frame: &[u8], can: Offloads) {
         if !self.link {
+            self.passed.tx_dropped += 1;
             return;
         }
+        self.passed.tx_frames += 1;
+        self.passed.tx_bytes += frame.len() as u64;
         self.count(GPTC, 1);
         self.count(TPT, 1);
         self.count_bytes(GOTCL, frame.len());

@@ -264,6 +264,12 @@ impl NetBackend for Guard {
     fn flush(&self, pair: u16) {
         self.inner.flush(pair);
     }
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let s = self.statistics();
+        let mut all = vec![("spoofed", s.spoofed), ("tx_held", s.tx_held), ("rx_held", s.rx_held)];
+        all.extend(self.inner.counters());
+        all
+    }
 
     fn send(&self, pair: u16, header: &VnetHeader, frame: &[u8]) -> Sent {
         if self.mac.is_some_and(|m| !is_from(&m, frame)) {

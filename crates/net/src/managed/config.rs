@@ -251,6 +251,11 @@ impl NetworkConfig {
         self.bridge.clone().unwrap_or_else(|| format!("rf-{}", self.name))
     }
 
+    /// The bridge's address: the same at every start.
+    pub fn mac(&self) -> [u8; 6] {
+        MacAddr::from_seed(&format!("network/{}", self.name)).bytes()
+    }
+
     /// First and last address that DHCP gives.
     pub fn range(&self) -> Option<(Ipv4Addr, Ipv4Addr)> {
         let net = self.ipv4?;

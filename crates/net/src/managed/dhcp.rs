@@ -1,37 +1,17 @@
-//! The built-in DHCP server of a network (RFC 2131, RFC 2132).
+//! The built-in DHCP server of a network.
 
 use super::config::NetworkConfig;
 use super::leases::Lease;
 use crate::MacAddr;
+use crate::dhcp::{Answer, Reply, Request, kind, option};
 use std::net::{IpAddr, Ipv4Addr};
 
-const COOKIE: [u8; 4] = [99, 130, 83, 99];
-/// Bytes before the options.
-const FIXED: usize = 240;
 /// Seconds that an address is given for.
 pub const LEASE: u32 = 3600;
 /// Seconds that an offered address is kept for.
 const OFFERED: u64 = 60;
 /// Most leases, whatever the network has room for.
 const MOST: usize = 4096;
-
-const DISCOVER: u8 = 1;
-const OFFER: u8 = 2;
-const REQUEST: u8 = 3;
-const DECLINE: u8 = 4;
-const ACK: u8 = 5;
-const NAK: u8 = 6;
-const RELEASE: u8 = 7;
-const INFORM: u8 = 8;
-
-/// An answer.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Answer {
-    /// The message.
-    pub message: Vec<u8>,
-    /// To this address; to all if not given.
-    pub to: Option<Ipv4Addr>,
-}
 
 struct Entry {
     mac: [u8; 6],
@@ -49,29 +29,6 @@ pub struct Server {
     mask: Ipv4Addr,
     range: (Ipv4Addr, Ipv4Addr),
     entries: Vec<Entry>,
-}
-
-/// Find an option.
-fn option(options: &[u8], wanted: u8) -> Option<&[u8]> {
-    let mut rest = options;
-    loop {
-        match *rest.first()? {
-            0 => rest = &rest[1..],
-            255 => return None,
-            code => {
-                let len = usize::from(*rest.get(1)?);
-                let value = rest.get(2..2 + len)?;
-                if code == wanted {
-                    return Some(value);
-                }
-                rest = &rest[2 + len..];
-            }
-        }
-    }
-}
-
-fn address(raw: &[u8]) -> Option<Ipv4Addr> {
-    Some(Ipv4Addr::from(<[u8; 4]>::try_from(raw).ok()?))
 }
 
 impl Server {
@@ -155,48 +112,41 @@ impl Server {
 
     /// A client's message at `now`, in seconds since 1970. `None` if there is nothing to say.
     pub fn handle(&mut self, request: &[u8], now: u64) -> Option<Answer> {
-        if request.len() < FIXED || request[..3] != [1, 1, 6] || request[236..240] != COOKIE {
-            return None;
-        }
-        let mac: [u8; 6] = request[28..34].try_into().ok()?;
-        MacAddr::new(mac).ok()?;
-        let options = &request[FIXED..];
-        let client = address(&request[12..16])?;
-        let kind = *option(options, 53)?.first()?;
-        let server = option(options, 54).and_then(address);
-        let wanted = option(options, 50).and_then(address);
-        let name = option(options, 12)
+        let r = Request::parse(request)?;
+        let mac = MacAddr::new(r.mac).ok()?.bytes();
+        let name = r
+            .option(option::HOST_NAME)
             .and_then(|n| std::str::from_utf8(n).ok())
             .map(|n| n.trim_end_matches('\0').to_owned())
             .filter(|n| super::config::valid_domain(n) && !n.contains('.'));
         let name = self.settled(mac).and_then(|h| h.name.clone()).or(name);
-        let (reply, yours) = match kind {
-            DISCOVER => {
-                let a = self.choose(mac, wanted, now)?;
+        let (reply, yours) = match r.kind {
+            kind::DISCOVER => {
+                let a = self.choose(mac, r.wanted, now)?;
                 self.keep(mac, a, now, false, name).then_some(())?;
-                (OFFER, a)
+                (kind::OFFER, a)
             }
-            REQUEST if server.is_some_and(|s| s != self.gateway) => {
+            kind::REQUEST if r.server.is_some_and(|s| s != self.gateway) => {
                 // It took another server's offer.
                 self.entries.retain(|e| e.mac != mac || e.bound);
                 return None;
             }
-            REQUEST => {
-                let a = wanted.unwrap_or(client);
+            kind::REQUEST => {
+                let a = r.wanted.unwrap_or(r.client);
                 if self.may_have(mac, a, now) && self.keep(mac, a, now, true, name) {
-                    (ACK, a)
+                    (kind::ACK, a)
                 } else {
-                    (NAK, Ipv4Addr::UNSPECIFIED)
+                    (kind::NAK, Ipv4Addr::UNSPECIFIED)
                 }
             }
-            INFORM => (ACK, Ipv4Addr::UNSPECIFIED),
-            RELEASE => {
-                self.entries.retain(|e| e.mac != mac || e.address != client);
+            kind::INFORM => (kind::ACK, Ipv4Addr::UNSPECIFIED),
+            kind::RELEASE => {
+                self.entries.retain(|e| e.mac != mac || e.address != r.client);
                 return None;
             }
-            DECLINE => {
+            kind::DECLINE => {
                 // Somebody uses the address who does not have it from us: leave it alone for a while.
-                let a = wanted?;
+                let a = r.wanted?;
                 if let Some(e) = self.entries.iter_mut().find(|e| e.mac == mac && e.address == a) {
                     e.mac = [2, 0, 0, 0, 0, 0];
                     (e.expires, e.bound) = (now + u64::from(LEASE), false);
@@ -205,70 +155,37 @@ impl Server {
             }
             _ => return None,
         };
-        Some(self.message(request, reply, yours, client, kind == INFORM))
+        let mut m = Reply::new(&r, reply, self.gateway, yours);
+        if reply != kind::NAK {
+            self.tell(&mut m, r.kind == kind::INFORM);
+        }
+        Some(m.finish())
     }
 
-    fn message(&self, request: &[u8], reply: u8, yours: Ipv4Addr, client: Ipv4Addr, inform: bool) -> Answer {
-        let mut m = vec![0; FIXED];
-        m[..3].copy_from_slice(&[2, 1, 6]);
-        m[4..8].copy_from_slice(&request[4..8]);
-        m[10..12].copy_from_slice(&request[10..12]);
-        m[28..44].copy_from_slice(&request[28..44]);
-        m[236..240].copy_from_slice(&COOKIE);
-        if reply != NAK {
-            m[12..16].copy_from_slice(&request[12..16]);
-            m[16..20].copy_from_slice(&yours.octets());
-            m[20..24].copy_from_slice(&self.gateway.octets());
+    /// What a client is to know.
+    fn tell(&self, m: &mut Reply, inform: bool) {
+        if !inform {
+            m.put(option::LEASE, &LEASE.to_be_bytes());
         }
-        let mut put = |code: u8, value: &[u8]| {
-            if let Ok(len) = u8::try_from(value.len()) {
-                m.extend_from_slice(&[code, len]);
-                m.extend_from_slice(value);
-            }
-        };
-        put(53, &[reply]);
-        put(54, &self.gateway.octets());
-        if reply != NAK {
-            if !inform {
-                put(51, &LEASE.to_be_bytes());
-            }
-            put(1, &self.mask.octets());
-            if self.config.forward != super::Forward::None {
-                put(3, &self.gateway.octets());
-            }
-            put(6, &self.gateway.octets());
-            if let Some(d) = &self.config.domain {
-                put(15, d.as_bytes());
-            }
+        m.put(option::NETMASK, &self.mask.octets());
+        if self.config.forward != super::Forward::None {
+            m.put(option::ROUTER, &self.gateway.octets());
         }
-        m.push(255);
-        // RFC 1542 section 2.1: no shorter than BOOTP's messages.
-        if m.len() < 300 {
-            m.resize(300, 0);
+        m.put(option::NAME_SERVER, &self.gateway.octets());
+        if let Some(d) = &self.config.domain {
+            m.put(option::DOMAIN, d.as_bytes());
         }
-        let to_all = reply == NAK || client.is_unspecified();
-        Answer { message: m, to: (!to_all).then_some(client) }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn request(kind: u8, mac: u8, options: &[u8]) -> Vec<u8> {
-        let mut m = vec![0; FIXED];
-        m[..3].copy_from_slice(&[1, 1, 6]);
-        m[4..8].copy_from_slice(&[1, 2, 3, mac]);
-        m[28..34].copy_from_slice(&[0x52, 0x54, 0, 0, 0, mac]);
-        m[236..240].copy_from_slice(&COOKIE);
-        m.extend([53, 1, kind]);
-        m.extend(options);
-        m.push(255);
-        m
-    }
+    use crate::dhcp::testing::{request, value};
+    use kind::*;
 
     fn yours(a: &Answer) -> (u8, [u8; 4]) {
-        (option(&a.message[FIXED..], 53).unwrap()[0], a.message[16..20].try_into().unwrap())
+        (value(a, 53).unwrap()[0], a.message[16..20].try_into().unwrap())
     }
 
     fn server(hosts: Vec<super::super::config::StaticHost>) -> Server {
@@ -286,8 +203,8 @@ mod tests {
         assert_eq!(s.leases(100), []);
         let ack = s.handle(&request(REQUEST, 1, &[50, 4, 10, 9, 0, 2, 12, 2, b'v', b'm']), 101).unwrap();
         assert_eq!(yours(&ack), (ACK, [10, 9, 0, 2]));
-        assert_eq!(option(&ack.message[FIXED..], 1), Some(&[255, 255, 255, 248][..]));
-        assert_eq!(option(&ack.message[FIXED..], 3), Some(&[10, 9, 0, 1][..]));
+        assert_eq!(value(&ack, 1), Some(&[255, 255, 255, 248][..]));
+        assert_eq!(value(&ack, 3), Some(&[10, 9, 0, 1][..]));
         let l = s.leases(101);
         assert_eq!((l[0].name.as_deref(), l[0].expires), (Some("vm"), 101 + 3600));
         // Another one asks for the same: refused, and offered the next.

@@ -7,9 +7,11 @@
 
 pub mod config;
 pub mod dhcp;
+pub mod dhcp6;
 pub mod dns;
 mod keeper;
 pub mod leases;
+mod names;
 mod rules;
 mod service;
 
@@ -142,6 +144,23 @@ impl Networks {
         Networks::read(&self.definition(name))?.ok_or_else(|| {
             NetError::Refused(format!("there is no network '{name}'; `ringfort net list` shows them, `ringfort net define` makes one"))
         })
+    }
+
+    /// A network that is up, as it was when it was started.
+    ///
+    /// # Errors
+    /// It does not exist, or is not up.
+    pub fn active(&self, name: &str) -> Result<NetworkConfig, NetError> {
+        Networks::check_name(name)?;
+        match self.state(name)? {
+            Some(state) if self.is_kept(name)? => Ok(state.config),
+            _ => {
+                self.get(name)?;
+                Err(NetError::Refused(format!(
+                    "network {name} is not up; `ringfort net start {name}` starts it"
+                )))
+            }
+        }
     }
 
     /// Define a network, or define it anew.
@@ -417,9 +436,8 @@ impl Networks {
         let bridge = c.bridge();
         let mut netlink = Netlink::open().map_err(NetError::host("route netlink"))?;
         // A bridge takes the least address of its ports, and changes with them, unless it has one of its own.
-        let mac = crate::MacAddr::from_seed(&format!("network/{}", c.name)).bytes();
         let index = netlink
-            .add_bridge(&bridge, Some(mac), &alias(c))
+            .add_bridge(&bridge, Some(c.mac()), &alias(c))
             .map_err(NetError::advise(format!("making the bridge {bridge}"), "; run as root"))?;
         for n in c.networks() {
             netlink

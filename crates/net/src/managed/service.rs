@@ -2,12 +2,13 @@
 
 use super::config::{NetworkConfig, Service};
 use super::leases::{self, Lease};
-use super::{dhcp, dns};
+use super::names::Names;
+use super::{dhcp, dhcp6};
 use crate::NetError;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -19,11 +20,6 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How often routers say that they are there.
 const ADVERTISE: Duration = Duration::from_secs(60);
-/// Queries that wait for the host's servers.
-const MOST_QUERIES: usize = 1024;
-/// How long they do.
-const QUERY: Duration = Duration::from_secs(10);
-
 /// File of the leases in a network's folder.
 pub const LEASES: &str = "leases";
 
@@ -93,7 +89,9 @@ pub fn dnsmasq_conf(c: &NetworkConfig, dir: &Path) -> String {
         lines.push("dhcp-option=3".into());
     }
     if let Some(net) = c.ipv6 {
-        lines.push(format!("dhcp-range={},ra-stateless,64", net.network()));
+        // Guests make addresses of their own, and may ask for one besides.
+        let [first, last] = [dhcp6::RANGE.0, dhcp6::RANGE.1].map(|n| net.nth(u128::from(n)));
+        lines.push(format!("dhcp-range={first},{last},slaac,64,{}s", dhcp6::LEASE));
         lines.push("enable-ra".into());
     }
     if let Some(d) = &c.domain {
@@ -211,12 +209,12 @@ pub struct Builtin {
     threads: Vec<JoinHandle<()>>,
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
 /// Wait until one of `fds` can be read; gives which of them.
-fn wait(fds: &[RawFd], patience: Option<Duration>) -> Vec<bool> {
+pub(super) fn wait(fds: &[RawFd], patience: Option<Duration>) -> Vec<bool> {
     let mut polls: Vec<libc::pollfd> =
         fds.iter().map(|&fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 }).collect();
     let timeout = patience.map_or(-1, |d| d.as_millis().min(600_000) as i32);
@@ -227,19 +225,50 @@ fn wait(fds: &[RawFd], patience: Option<Duration>) -> Vec<bool> {
     polls.iter().map(|p| p.revents != 0).collect()
 }
 
-fn bound(bridge: &str, at: SocketAddr) -> io::Result<UdpSocket> {
-    let s = Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP))?;
+fn opened(bridge: &str, at: SocketAddr, kind: Type) -> io::Result<Socket> {
+    let protocol = if kind == Type::DGRAM { Protocol::UDP } else { Protocol::TCP };
+    let s = Socket::new(Domain::for_address(at), kind, Some(protocol))?;
     s.set_reuse_address(true)?;
     s.bind_device(Some(bridge.as_bytes()))?;
     s.set_nonblocking(true)?;
+    if at.is_ipv6() {
+        s.set_only_v6(true)?;
+    }
+    s.bind(&at.into())?;
+    Ok(s)
+}
+
+fn bound(bridge: &str, at: SocketAddr) -> io::Result<UdpSocket> {
+    let s = opened(bridge, at, Type::DGRAM)?;
     if at.is_ipv4() {
         s.set_broadcast(true)?;
     }
-    s.bind(&at.into())?;
     Ok(s.into())
 }
 
-type Shared = Arc<Mutex<Option<dhcp::Server>>>;
+fn listening(bridge: &str, at: SocketAddr) -> io::Result<TcpListener> {
+    let s = opened(bridge, at, Type::STREAM)?;
+    s.listen(64)?;
+    Ok(s.into())
+}
+
+/// Who has which address.
+#[derive(Default)]
+pub(super) struct Servers {
+    v4: Option<dhcp::Server>,
+    v6: Option<dhcp6::Server>,
+}
+
+impl Servers {
+    /// The leases that are in use at `now`, in seconds since 1970.
+    pub(super) fn leases(&self, now: u64) -> Vec<Lease> {
+        let mut all = self.v4.as_ref().map_or(Vec::new(), |s| s.leases(now));
+        all.extend(self.v6.iter().flat_map(|s| s.leases(now)));
+        all
+    }
+}
+
+type Shared = Arc<Mutex<Servers>>;
 
 impl Builtin {
     fn start(c: &NetworkConfig, dir: &Path) -> Result<Builtin, NetError> {
@@ -248,22 +277,37 @@ impl Builtin {
         let mut b = Builtin { stop, threads: Vec::new() };
         let file = dir.join(LEASES);
         let before = leases::read(&file).map_err(fail("leases"))?;
-        let server: Shared = Arc::new(Mutex::new(dhcp::Server::new(c, &before)));
+        let servers: Shared = Arc::new(Mutex::new(Servers {
+            v4: dhcp::Server::new(c, &before),
+            v6: dhcp6::Server::new(c, c.mac(), &before),
+        }));
         if c.ipv4.is_some() {
             let s = bound(&c.bridge(), SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 67))
                 .map_err(fail("DHCP port 67"))?;
-            let server = server.clone();
-            b.spawn("net-dhcp", move |stop| serve_dhcp(&s, &server, &file, stop))
+            let (servers, file) = (servers.clone(), file.clone());
+            b.spawn("net-dhcp", move |stop| serve_dhcp(&s, &servers, &file, stop))
                 .map_err(fail("a thread"))?;
         }
-        let sockets = c
-            .networks()
-            .map(|n| bound(&c.bridge(), SocketAddr::new(n.gateway(), 53)))
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(fail("DNS port 53"))?;
-        let (of_dns, config) = (server, c.clone());
-        b.spawn("net-dns", move |stop| serve_dns(&sockets, &of_dns, &config, stop))
-            .map_err(fail("a thread"))?;
+        if c.ipv6.is_some() {
+            let s = bound(&c.bridge(), SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), 547))
+                .and_then(|s| {
+                    s.join_multicast_v6(&ALL_SERVERS, crate::netlink::index_of(&c.bridge())?)?;
+                    Ok(s)
+                })
+                .map_err(fail("DHCPv6 port 547"))?;
+            let servers = servers.clone();
+            b.spawn("net-dhcp6", move |stop| serve_dhcp6(&s, &servers, &file, stop))
+                .map_err(fail("a thread"))?;
+        }
+        let at = || c.networks().map(|n| SocketAddr::new(n.gateway(), 53));
+        let sockets = at().map(|a| bound(&c.bridge(), a)).collect::<io::Result<Vec<_>>>();
+        let sockets = sockets.map_err(fail("DNS port 53"))?;
+        let listeners = at().map(|a| listening(&c.bridge(), a)).collect::<io::Result<Vec<_>>>();
+        let listeners = listeners.map_err(fail("DNS port 53 by TCP"))?;
+        let names = Names::new(c, servers);
+        let of_udp = names.clone();
+        b.spawn("net-dns", move |stop| of_udp.serve_udp(&sockets, stop)).map_err(fail("a thread"))?;
+        b.spawn("net-dns-tcp", move |stop| names.serve_tcp(&listeners, stop)).map_err(fail("a thread"))?;
         if let Some(net) = c.ipv6 {
             let s = router_socket(&c.bridge()).map_err(fail("a socket for router advertisements"))?;
             let message = advertisement(net.network(), net.gateway(), c.forward != super::Forward::None);
@@ -287,24 +331,29 @@ impl Drop for Builtin {
     }
 }
 
-fn serve_dhcp(socket: &UdpSocket, server: &Shared, file: &Path, stop: &EventFd) {
+/// Have a server answer, and write down who has which address if that changed.
+fn handle<A>(
+    servers: &Shared,
+    file: &Path,
+    answer: impl FnOnce(&mut Servers, u64) -> Option<A>,
+) -> Option<A> {
+    let mut s = ringfort_bus::lock(servers);
+    let time = now();
+    let before = s.leases(time);
+    let answer = answer(&mut s, time);
+    let after = s.leases(time);
+    if after != before {
+        // A lease that could not be written is a lease all the same; the guest asks again after a restart.
+        let _ = leases::write(file, &after);
+    }
+    answer
+}
+
+fn serve_dhcp(socket: &UdpSocket, servers: &Shared, file: &Path, stop: &EventFd) {
     let mut buffer = [0; 1500];
-    loop {
-        if wait(&[stop.as_raw_fd(), socket.as_raw_fd()], None)[0] {
-            return;
-        }
+    while !wait(&[stop.as_raw_fd(), socket.as_raw_fd()], None)[0] {
         while let Ok((n, _)) = socket.recv_from(&mut buffer) {
-            let mut s = ringfort_bus::lock(server);
-            let Some(server) = s.as_mut() else { return };
-            let time = now();
-            let before = server.leases(time);
-            let answer = server.handle(&buffer[..n], time);
-            let after = server.leases(time);
-            drop(s);
-            if after != before {
-                // A lease that could not be written is a lease all the same; the guest asks again after a restart.
-                let _ = leases::write(file, &after);
-            }
+            let answer = handle(servers, file, |s, time| s.v4.as_mut()?.handle(&buffer[..n], time));
             if let Some(a) = answer {
                 let to = a.to.unwrap_or(Ipv4Addr::BROADCAST);
                 let _ = socket.send_to(&a.message, (to, 68));
@@ -313,108 +362,21 @@ fn serve_dhcp(socket: &UdpSocket, server: &Shared, file: &Path, stop: &EventFd) 
     }
 }
 
-/// A query that was handed on.
-struct Asked {
-    number: [u8; 2],
-    theirs: [u8; 2],
-    socket: usize,
-    client: SocketAddr,
-    since: Instant,
-}
+/// All servers and relays of DHCPv6 on a link (RFC 8415 section 7.1).
+const ALL_SERVERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2);
 
-fn address_of(name: &str, config: &NetworkConfig, leases: &[Lease]) -> Option<Ipv4Addr> {
-    let name = match &config.domain {
-        Some(d) => name.strip_suffix(d.as_str()).and_then(|n| n.strip_suffix('.')).unwrap_or(name),
-        None => name,
-    };
-    let settled =
-        config.hosts.iter().find(|h| h.name.as_deref().is_some_and(|n| n.eq_ignore_ascii_case(name)));
-    settled.map(|h| h.address).or_else(|| {
-        leases.iter().find(|l| l.name.as_deref().is_some_and(|n| n.eq_ignore_ascii_case(name))).and_then(
-            |l| match l.address {
-                IpAddr::V4(a) => Some(a),
-                IpAddr::V6(_) => None,
-            },
-        )
-    })
-}
-
-/// The host's name servers (resolv.conf(5)).
-fn upstream() -> Vec<SocketAddr> {
-    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    text.lines()
-        .filter_map(|l| l.strip_prefix("nameserver")?.split_whitespace().next()?.parse::<IpAddr>().ok())
-        .map(|a| SocketAddr::new(a, 53))
-        .collect()
-}
-
-fn serve_dns(sockets: &[UdpSocket], server: &Shared, config: &NetworkConfig, stop: &EventFd) {
-    let out: Vec<UdpSocket> = [IpAddr::from(Ipv4Addr::UNSPECIFIED), Ipv6Addr::UNSPECIFIED.into()]
-        .into_iter()
-        .filter_map(|a| {
-            let s = UdpSocket::bind((a, 0)).ok()?;
-            s.set_nonblocking(true).ok()?;
-            Some(s)
-        })
-        .collect();
-    let mut fds = vec![stop.as_raw_fd()];
-    fds.extend(sockets.iter().chain(&out).map(|s| s.as_raw_fd()));
-    let mut asked: Vec<Asked> = Vec::new();
-    let mut buffer = vec![0; dns::LONGEST];
-    loop {
-        if wait(&fds, None)[0] {
-            return;
-        }
-        for (n, socket) in sockets.iter().enumerate() {
-            while let Ok((len, client)) = socket.recv_from(&mut buffer) {
-                let query = &buffer[..len];
-                let Some(q) = dns::question(query) else { continue };
-                let known = ringfort_bus::lock(server).as_ref().map_or(Vec::new(), |s| s.leases(now()));
-                let own = config
-                    .domain
-                    .as_ref()
-                    .is_some_and(|d| q.name == *d || q.name.ends_with(&format!(".{d}")));
-                let found = address_of(&q.name, config, &known);
-                if found.is_some() || own || !q.name.contains('.') {
-                    let _ = socket.send_to(&dns::answer(query, &q, found), client);
-                    continue;
-                }
-                asked.retain(|a| a.since.elapsed() < QUERY);
-                let servers = upstream();
-                let to = servers.first().copied().filter(|_| asked.len() < MOST_QUERIES);
-                let via = to.and_then(|t| {
-                    out.iter().find(|s| s.local_addr().is_ok_and(|a| a.is_ipv4() == t.is_ipv4()))
-                });
-                let (Some(to), Some(via)) = (to, via) else {
-                    let _ = socket.send_to(&dns::failure(query, &q), client);
-                    continue;
-                };
-                // A number that others cannot guess, and that is not in use.
-                let number = std::iter::repeat_with(|| fastrand::u16(..).to_be_bytes())
-                    .find(|i| asked.iter().all(|a| a.number != *i))
-                    .unwrap_or_default();
-                asked.push(Asked {
-                    number,
-                    theirs: [query[0], query[1]],
-                    socket: n,
-                    client,
-                    since: Instant::now(),
-                });
-                buffer[..2].copy_from_slice(&number);
-                let _ = via.send_to(&buffer[..len], to);
+fn serve_dhcp6(socket: &UdpSocket, servers: &Shared, file: &Path, stop: &EventFd) {
+    let mut buffer = [0; 1500];
+    while !wait(&[stop.as_raw_fd(), socket.as_raw_fd()], None)[0] {
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            // Clients speak from their link-local addresses.
+            let SocketAddr::V6(from) = from else { continue };
+            if !from.ip().is_unicast_link_local() {
+                continue;
             }
-        }
-        for s in &out {
-            while let Ok((len, from)) = s.recv_from(&mut buffer) {
-                // Only the server that was asked is heard.
-                if len < 12 || !upstream().contains(&from) {
-                    continue;
-                }
-                if let Some(at) = asked.iter().position(|a| a.number == buffer[..2]) {
-                    let a = asked.swap_remove(at);
-                    buffer[..2].copy_from_slice(&a.theirs);
-                    let _ = sockets[a.socket].send_to(&buffer[..len], a.client);
-                }
+            let answer = handle(servers, file, |s, time| s.v6.as_mut()?.handle(&buffer[..n], time));
+            if let Some(m) = answer {
+                let _ = socket.send_to(&m, SocketAddrV6::new(*from.ip(), 546, 0, from.scope_id()));
             }
         }
     }
@@ -441,7 +403,8 @@ fn advertisement(prefix: IpAddr, dns: IpAddr, router: bool) -> Vec<u8> {
         IpAddr::V4(_) => [0; 16],
     };
     let lifetime: u16 = if router { 1800 } else { 0 };
-    let mut m = vec![134, 0, 0, 0, 64, 0];
+    // Addresses and more are to be had by DHCPv6.
+    let mut m = vec![134, 0, 0, 0, 64, 0xc0];
     m.extend(lifetime.to_be_bytes());
     m.extend([0; 8]);
     // Prefix: on the link, addresses are made of it.

@@ -33,6 +33,35 @@ fn take_lock() -> io::Result<File> {
     Ok(file)
 }
 
+/// Bridges that were made for guests and have no port any more: what guests leave that are killed.
+///
+/// # Errors
+/// The host's.
+pub fn left_behind() -> io::Result<Vec<Link>> {
+    let links = Netlink::open()?.links()?;
+    let alone = |b: &Link| is_ours(b) && !links.iter().any(|l| l.master == Some(b.index));
+    Ok(links.iter().filter(|b| alone(b)).cloned().collect())
+}
+
+/// Remove what [`left_behind`] finds; gives the bridges' names.
+///
+/// # Errors
+/// The host's.
+pub fn recover() -> io::Result<Vec<String>> {
+    if left_behind()?.is_empty() {
+        return Ok(Vec::new());
+    }
+    // Under the lock nobody is between making a bridge and becoming its port.
+    let _lock = take_lock()?;
+    let mut netlink = Netlink::open()?;
+    let mut removed = Vec::new();
+    for bridge in left_behind()? {
+        netlink.delete(bridge.index)?;
+        removed.push(bridge.name);
+    }
+    Ok(removed)
+}
+
 /// What has to be undone when the tap goes.
 pub struct Membership {
     /// The tap, if it stays when its descriptor is closed, and has to leave the bridge.

@@ -9,7 +9,7 @@ pub mod helper;
 #[cfg(test)]
 mod tests;
 
-pub use bridge::{ISOLATED, OWNER, is_ours};
+pub use bridge::{ISOLATED, OWNER, is_ours, left_behind, recover};
 
 use crate::netlink::{self, Netlink};
 use crate::poller::Poller;

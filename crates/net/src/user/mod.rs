@@ -10,7 +10,6 @@ mod dhcp6;
 mod fragments;
 mod neighbours;
 mod output;
-mod resolver;
 mod stack;
 mod tcp;
 #[cfg(test)]

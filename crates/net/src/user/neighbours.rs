@@ -1,6 +1,5 @@
 //! ARP (RFC 826), and neighbour discovery with router advertisements (RFC 4861, RFC 8106).
 
-use super::dhcp;
 use super::stack::Common;
 use crate::VnetHeader;
 use crate::wire::{self, Mac, Path};
@@ -110,7 +109,7 @@ fn advertise(c: &mut Common, to: Option<Ipv6Addr>) {
         m.extend_from_slice(&c.config.dns6().octets());
     }
     if !c.config.search.is_empty() {
-        let mut names = dhcp::names(&c.config.search);
+        let mut names = crate::dhcp::names(&c.config.search);
         names.resize(names.len().next_multiple_of(8), 0);
         m.extend_from_slice(&[31, 1 + (names.len() / 8) as u8, 0, 0]);
         m.extend_from_slice(&LIFETIME.to_be_bytes());

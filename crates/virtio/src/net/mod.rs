@@ -13,7 +13,7 @@ use crate::{Chain, Grouping, Queue, QueueError, Quick, Served, Signals, VirtioDe
 use control::ControlState;
 use filter::Filter;
 use ringfort_bus::lock;
-use ringfort_net::{MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, VnetHeader, hash};
+use ringfort_net::{MAX_FRAME, NetBackend, NetEvents, Offloads, Sent, Statistics, VnetHeader, hash};
 use rss::{RssState, Scaling, Verdict};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -94,23 +94,6 @@ struct Counters {
     tx_frames: AtomicU64,
     tx_bytes: AtomicU64,
     tx_dropped: AtomicU64,
-}
-
-/// [`Net::statistics`] of a pair.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Statistics {
-    /// Frames given to the guest.
-    pub rx_frames: u64,
-    /// Their bytes, without headers of virtio.
-    pub rx_bytes: u64,
-    /// Frames that the guest's filter or too small buffers kept out.
-    pub rx_dropped: u64,
-    /// Frames taken from the guest.
-    pub tx_frames: u64,
-    /// Their bytes.
-    pub tx_bytes: u64,
-    /// Frames of the guest that broke a rule.
-    pub tx_dropped: u64,
 }
 
 /// Buffers of one pair that are kept between frames.
@@ -269,18 +252,23 @@ impl Net {
         }
     }
 
-    /// What passed a pair of queues so far.
-    pub fn statistics(&self, pair: u16) -> Option<Statistics> {
-        let c = &self.pairs.get(usize::from(pair))?.counters;
+    /// What passed each pair of queues so far.
+    pub fn statistics(&self) -> Vec<Statistics> {
         let get = |n: &AtomicU64| n.load(Ordering::Relaxed);
-        Some(Statistics {
-            rx_frames: get(&c.rx_frames),
-            rx_bytes: get(&c.rx_bytes),
-            rx_dropped: get(&c.rx_dropped),
-            tx_frames: get(&c.tx_frames),
-            tx_bytes: get(&c.tx_bytes),
-            tx_dropped: get(&c.tx_dropped),
-        })
+        let of_pair = |p: &Pair| Statistics {
+            rx_frames: get(&p.counters.rx_frames),
+            rx_bytes: get(&p.counters.rx_bytes),
+            rx_dropped: get(&p.counters.rx_dropped),
+            tx_frames: get(&p.counters.tx_frames),
+            tx_bytes: get(&p.counters.tx_bytes),
+            tx_dropped: get(&p.counters.tx_dropped),
+        };
+        self.pairs.iter().map(of_pair).collect()
+    }
+
+    /// What its network counts besides: names and numbers.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.backend.counters()
     }
 
     fn has(&self, feature: u64) -> bool {

@@ -14,6 +14,7 @@ Ctrl-A p    press the power button (asks the guest to shut down)\r\n\
 Ctrl-A r    reset the machine\r\n\
 Ctrl-A c    let a guest that stands for a disk's error try again\r\n\
 Ctrl-A l    pull the network cable, or plug it in again\r\n\
+Ctrl-A n    show what the network cards have counted\r\n\
 Ctrl-A s    save the machine to a file and leave (--save names the file)\r\n\
 Ctrl-A a    send Ctrl-A to the guest\r\n";
 
@@ -30,6 +31,8 @@ pub enum Command {
     Continue,
     /// Pull the network cables, or plug them in again.
     ToggleLink,
+    /// Show the network cards' counters.
+    Counters,
     /// Save the state and stop.
     Save,
 }
@@ -65,6 +68,7 @@ impl Escape {
                 b'r' | b'R' => (self.on_command)(Command::Reset),
                 b'c' | b'C' => (self.on_command)(Command::Continue),
                 b'l' | b'L' => (self.on_command)(Command::ToggleLink),
+                b'n' | b'N' => (self.on_command)(Command::Counters),
                 b's' | b'S' => (self.on_command)(Command::Save),
                 b'a' | b'A' | ESCAPE => out.push(ESCAPE),
                 // Any other letter asks for help rather than being lost.

@@ -9,7 +9,7 @@ use ringfort_net::passt::Passt;
 use ringfort_net::stream::{Datagrams, Stream};
 use ringfort_net::tap::{Tap, TapConfig};
 use ringfort_net::user::UserNet;
-use ringfort_net::{MacAddr, NetBackend};
+use ringfort_net::{MacAddr, NetBackend, Statistics};
 use ringfort_virtio::VirtioDevice;
 use ringfort_virtio::net::{Net, NetOptions};
 use std::sync::Arc;
@@ -40,14 +40,8 @@ fn open_link(
 ) -> Result<Arc<dyn NetBackend>, String> {
     match &nic.link {
         Link::Passt(config) => Ok(Arc::new(Passt::start(config).map_err(|e| e.to_string())?)),
-        Link::Tap(config) => {
-            let config = TapConfig { queues: nic.pairs(cpus), ..(**config).clone() };
-            let tap = Tap::new(&config).map_err(|e| e.to_string())?;
-            if config.ifname.is_none() {
-                say(&format!("network: tap {}", tap.name()));
-            }
-            Ok(Arc::new(tap))
-        }
+        Link::Tap(config) => open_tap(nic, config, cpus, say),
+        Link::Network(network) => open_tap(nic, &network.tap().map_err(|e| e.to_string())?, cpus, say),
         Link::Stream(config) => Ok(Arc::new(Stream::new(config).map_err(|e| e.to_string())?)),
         Link::Dgram(config) => Ok(Arc::new(Datagrams::new(config).map_err(|e| e.to_string())?)),
         Link::User(config) => {
@@ -59,6 +53,20 @@ fn open_link(
             Ok(Arc::new(net))
         }
     }
+}
+
+fn open_tap(
+    nic: &Nic,
+    config: &TapConfig,
+    cpus: u32,
+    say: &mut dyn FnMut(&str),
+) -> Result<Arc<dyn NetBackend>, String> {
+    let config = TapConfig { queues: nic.pairs(cpus), ..config.clone() };
+    let tap = Tap::new(&config).map_err(|e| e.to_string())?;
+    if config.ifname.is_none() {
+        say(&format!("network: tap {}", tap.name()));
+    }
+    Ok(Arc::new(tap))
 }
 
 /// A network card.
@@ -113,6 +121,19 @@ impl Card {
             Card::Virtio(n) => n.link(),
             Card::Intel(n) => n.link(),
         }
+    }
+
+    /// What passed so far: names as `queue0_rx_frames`, and what its network counts.
+    pub fn statistics(&self) -> Vec<(String, u64)> {
+        let (queues, network) = match self {
+            Card::Virtio(n) => (n.statistics(), n.counters()),
+            Card::Intel(n) => (vec![n.statistics()], n.counters()),
+        };
+        let of_queue =
+            |(q, s): (usize, Statistics)| s.named().map(|(name, n)| (format!("queue{q}_{name}"), n));
+        let mut all: Vec<_> = queues.into_iter().enumerate().flat_map(of_queue).collect();
+        all.extend(network.into_iter().map(|(name, n)| (name.to_owned(), n)));
+        all
     }
 
     /// Let it go on.

@@ -4,8 +4,8 @@ mod raw;
 mod services;
 
 use super::*;
+use crate::resolver::Resolver;
 use crate::wire;
-use resolver::Resolver;
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Checksum, ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{dhcpv4, icmp, tcp, udp};

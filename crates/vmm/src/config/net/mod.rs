@@ -4,10 +4,13 @@
 //! networks; everything else is read by the kind's own file beside this one.
 
 mod guard;
+mod network;
 mod passt;
 mod sockets;
 mod tap;
 mod user;
+
+pub use network::NetworkLink;
 
 use super::parse::{ParseError, split, switch};
 use super::size::parse_size;
@@ -53,6 +56,8 @@ pub enum Link {
     Passt(PasstConfig),
     /// A network device of the host.
     Tap(Box<TapConfig>),
+    /// A network that `ringfort net` keeps.
+    Network(NetworkLink),
     /// Another machine, over a stream socket.
     Stream(Box<StreamConfig>),
     /// Another machine or several, over datagrams.
@@ -69,6 +74,7 @@ impl Link {
             Link::User(_) => "user",
             Link::Passt(_) => "passt",
             Link::Tap(_) => "tap",
+            Link::Network(_) => "managed",
             Link::Stream(_) => "stream",
             Link::Dgram(_) => "dgram",
         }
@@ -78,7 +84,7 @@ impl Link {
     pub fn is_shared(&self) -> bool {
         match self {
             Link::User(_) | Link::Passt(_) => false,
-            Link::Tap(_) | Link::Stream(_) | Link::Dgram(_) => true,
+            Link::Tap(_) | Link::Network(_) | Link::Stream(_) | Link::Dgram(_) => true,
         }
     }
 
@@ -87,6 +93,7 @@ impl Link {
         match self {
             Link::Tap(c) if c.fds.is_empty() => MAX_PAIRS,
             Link::Tap(c) => c.fds.len() as u16,
+            Link::Network(_) => MAX_PAIRS,
             Link::User(_) | Link::Passt(_) | Link::Stream(_) | Link::Dgram(_) => 1,
         }
     }
@@ -97,6 +104,7 @@ impl Link {
             // A tap that somebody made has one queue, as a rule.
             Link::Tap(c) if c.fds.is_empty() => 1,
             Link::Tap(c) => c.fds.len() as u16,
+            Link::Network(_) => 1,
             _ => (cpus.min(u32::from(MAX_PAIRS)) as u16).min(self.max_pairs()),
         }
     }
@@ -121,6 +129,7 @@ impl Link {
                 tap::options(&mut c, options)?;
                 Ok(Link::Tap(Box::new(c)))
             }
+            ("network", Some(_)) => Ok(Link::Network(NetworkLink::parse(kind.need()?, options)?)),
             ("stream", None) => Ok(Link::Stream(Box::new(sockets::stream(options)?))),
             ("dgram", None) => Ok(Link::Dgram(Box::new(sockets::datagrams(options)?))),
             (k, _) => Err(Link::unknown(k)),
@@ -129,7 +138,7 @@ impl Link {
 
     fn unknown(kind: &str) -> ParseError {
         ParseError(format!(
-            "'{kind}': the networks are user, passt, tap, bridge=NAME, stream, dgram and none"
+            "'{kind}': the networks are user, passt, tap, bridge=NAME, network=NAME, stream, dgram and none"
         ))
     }
 }
@@ -206,7 +215,7 @@ impl Nic {
                 let queues = if c.fds.is_empty() { c.queues } else { c.fds.len() as u16 };
                 TapConfig { queues, ..(**c).clone() }.problems()
             }
-            Link::Passt(_) | Link::Stream(_) => Vec::new(),
+            Link::Passt(_) | Link::Network(_) | Link::Stream(_) => Vec::new(),
             Link::Dgram(c) => c.problems(),
         };
         p.extend(self.guard.problems());

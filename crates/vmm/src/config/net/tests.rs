@@ -51,6 +51,9 @@ fn taps_bridges_and_sockets() {
         ("bridge=", "bridge needs a value"),
         ("bridge", "the networks are"),
         ("bridge=a,bridge=b", "unknown option 'bridge'"),
+        ("network", "the networks are"),
+        ("network=", "network needs a value"),
+        ("network=lab,bridge=b", "unknown option 'bridge' of managed networks"),
         ("stream", "needs addr="),
         ("stream,addr=/s", "give unix:PATH or tcp:HOST:PORT"),
         ("stream,addr.type=inet,addr.path=/s", "a host and a port"),
@@ -76,9 +79,13 @@ fn taps_bridges_and_sockets() {
         let problems = nic(bad).problems();
         assert_eq!(problems.first().map(|p| p.0), Some(field), "{bad}: {problems:?}");
     }
-    for text in
-        ["tap,ifname=t0,tx-rate=5", "bridge=lab", "stream,addr=unix:/s,reconnect=1", "dgram,remote=udp:h:2"]
-    {
+    for text in [
+        "tap,ifname=t0,tx-rate=5",
+        "bridge=lab",
+        "network=lab,state-dir=/x",
+        "stream,addr=unix:/s,reconnect=1",
+        "dgram,remote=udp:h:2",
+    ] {
         let json = serde_json::to_string(&nic(text)).unwrap();
         assert_eq!(serde_json::from_str::<Nic>(&json).unwrap(), nic(text));
     }
