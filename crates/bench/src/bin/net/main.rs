@@ -47,6 +47,9 @@ struct Cli {
     /// For this program's own use: it is in that namespace
     #[arg(long, hide = true)]
     inside: bool,
+    /// Rates per second of the VMM's CPU time, and CPU time per exchange, for a host that has other work
+    #[arg(long)]
+    cpu_time: bool,
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -82,6 +85,8 @@ struct Report {
     rounds: u32,
     cpus: u32,
     tap: bool,
+    /// Figures are per second of the VMM's CPU time.
+    cpu_time: bool,
     guests: Vec<Row>,
     alone: Vec<alone::Row>,
 }
@@ -113,8 +118,8 @@ fn bench(cli: &Cli) -> Result<(), String> {
                     0 => vm::ringfort(&cli.ringfort, &guest, cli.cpus, cli.tap),
                     _ => vm::qemu(&cli.qemu, &guest, cli.cpus, cli.tap),
                 };
-                let figures =
-                    vm::measure(figures, cli.seconds, cli.tap).map_err(|e| format!("{name}: {e}"))?;
+                let figures = vm::measure(figures, cli.seconds, cli.tap, cli.cpu_time)
+                    .map_err(|e| format!("{name}: {e}"))?;
                 eprintln!("round {round} of {}: {name:8} {figures:.0?}", cli.rounds);
                 results[side].push(figures);
             }
@@ -130,7 +135,8 @@ fn bench(cli: &Cli) -> Result<(), String> {
         Row { what, unit, ringfort, qemu, ratio, wanted, reached, raw }
     };
     let guests = if cli.alone { Vec::new() } else { ROWS.iter().enumerate().map(row).collect() };
-    let report = Report { rounds: cli.rounds, cpus: cli.cpus, tap: cli.tap, guests, alone };
+    let report =
+        Report { rounds: cli.rounds, cpus: cli.cpus, tap: cli.tap, cpu_time: cli.cpu_time, guests, alone };
     if cli.json {
         println!("{}", serde_json::to_string_pretty(&report).map_err(|e| e.to_string())?);
     } else {
@@ -142,9 +148,10 @@ fn bench(cli: &Cli) -> Result<(), String> {
 fn table(report: &Report) -> String {
     let mut text = String::new();
     if !report.guests.is_empty() {
+        let clock = if report.cpu_time { "\nby the VMMs' CPU time" } else { "" };
         let net = if report.tap { "tap" } else { "user" };
         text += &format!(
-            "networks: medians of {} boots each, {} vCPU; ringfort --accel soft --net {net}, qemu -accel tcg -netdev {net}\n\n\
+            "networks: medians of {} boots each, {} vCPU; ringfort --accel soft --net {net}, qemu -accel tcg -netdev {net}{clock}\n\n\
              {:34} {:>10} {:>10} {:>15} {:>10}\n",
             report.rounds, report.cpus, "", "ringfort", "qemu", "ringfort / qemu", "wanted"
         );
@@ -231,6 +238,7 @@ mod tests {
             rounds: 1,
             cpus: 1,
             tap: false,
+            cpu_time: false,
             guests: vec![row(0.9, true), row(1.1, false)],
             alone,
         });
