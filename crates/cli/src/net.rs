@@ -20,12 +20,12 @@ pub struct NetArgs {
 }
 
 const AFTER: &str = "\
-A guest joins a network by its bridge: `ringfort run --net tap,bridge=rf-NAME` (as root, or through ringfort-bridge-helper).
+A guest joins a network by its name: `ringfort run --net network=NAME` (as root, or through ringfort-bridge-helper).
 
 Examples:
   ringfort net define lab --ipv4 192.168.124.0/24 --ipv6 fd00:124::/64
   ringfort net start lab
-  ringfort run --net tap,bridge=rf-lab,macguard
+  ringfort run --net network=lab,macguard=on
   ringfort net leases lab
   ringfort net stop lab";
 

@@ -43,6 +43,9 @@ pub struct RestoreArgs {
     /// Where Ctrl-A s and signal USR1 save it the next time; by default to the same file
     #[arg(long, value_name = "FILE[,compress=zstd|none]")]
     save: Option<SaveTarget>,
+    /// Write the counters of the engine and of each network card's queues to this file at the end, as for `ringfort run`
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    stats: Option<PathBuf>,
     /// Wait for gdb, as for `ringfort run`
     #[arg(long, value_name = "[HOST]:PORT|unix:PATH|dev:PATH[,wait=off]")]
     gdb: Option<GdbOption>,
@@ -68,10 +71,11 @@ fn moved(text: &str) -> Result<(usize, PathBuf), String> {
 impl RestoreArgs {
     /// Do it.
     pub fn run(self) -> ExitCode {
+        let stats = self.stats.clone();
         match self.prepare() {
             Ok((saved, save, gdb)) => {
                 let config = saved.config.clone();
-                run::start(&config, Options { save, restore: Some(saved), gdb, ..Options::default() })
+                run::start(&config, Options { save, restore: Some(saved), gdb, stats, ..Options::default() })
             }
             Err(e) => exit::usage(&e.to_string()),
         }

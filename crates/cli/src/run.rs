@@ -99,6 +99,7 @@ Networks (--net):
            dump=FILE             record all frames for Wireshark or tcpdump
   tap    a network device of the host (root, or a tap that is yours):
            ifname=NAME  bridge=NAME  isolated=on (no word with other isolated guests)  queues=N  fd=N (may be repeated)
+         vhost=on|off (the host's kernel moves the frames, under --accel kvm; by itself where there is a /dev/vhost-net)
   bridge=NAME   a tap on that bridge, which is made if there is none and goes with its last guest. Without root,
          ringfort-bridge-helper does it for bridges that /etc/ringfort/bridge.conf allows; helper=PATH names another
   network=NAME  a tap on a network that `ringfort net start NAME` keeps, with its DHCP, DNS and NAT

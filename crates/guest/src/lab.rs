@@ -17,7 +17,7 @@ use std::{
 };
 
 const INIT: &str = include_str!("files/init-lab.sh");
-const MODULES: [&str; 2] = ["kvm_amd", "virtio_pci"];
+const MODULES: [&str; 4] = ["kvm_amd", "virtio_pci", "tun", "vhost_net"];
 /// What the lab's own lines on the second serial port begin with.
 pub const LAB: &str = "ringfort-lab: ";
 /// QEMU's program, and the Debian package that has it.

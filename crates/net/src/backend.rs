@@ -1,5 +1,6 @@
 //! The seam between a network device and what carries its frames.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// Longest frame that passes a seam, in bytes: an IP packet of 65,535 bytes with Ethernet header and two VLAN tags.
@@ -226,6 +227,16 @@ pub trait NetBackend: Send + Sync {
     /// What it counts beside the card's own [`Statistics`]: names and numbers.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
+    }
+
+    /// Descriptors of its queues, if the host's kernel can serve the guest's queues by them (vhost-net).
+    fn kernel_queues(&self) -> Option<Vec<BorrowedFd<'_>>> {
+        None
+    }
+
+    /// Somebody else moves the frames by [`kernel_queues`](Self::kernel_queues), or does not any more: there is nothing to tell meanwhile.
+    fn set_resting(&self, resting: bool) {
+        let _ = resting;
     }
 
     /// The frames of one batch are all given.

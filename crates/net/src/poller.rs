@@ -24,35 +24,39 @@ pub struct Ready {
 
 /// The thread; ends when dropped.
 pub struct Poller {
+    epoll: Arc<Epoll>,
+    fds: Vec<RawFd>,
+    interest: EventSet,
     wake: EventFd,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Poller {
-    /// Watch `fds`, which must stay open as long as the poller is there; `tell` gets the number of the one and what
-    /// happened.
+    /// Watch `fds` for `interest`, as long as the poller is there, for which they must stay open; `tell` gets the number of the one and
+    /// what happened.
     ///
     /// # Errors
     /// The host's.
     pub fn start(
         name: &str,
         fds: &[RawFd],
+        interest: EventSet,
         tell: impl Fn(usize, Ready) + Send + 'static,
     ) -> io::Result<Poller> {
-        let epoll = Epoll::new()?;
+        let epoll = Arc::new(Epoll::new()?);
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         epoll.ctl(ControlOperation::Add, wake.as_raw_fd(), EpollEvent::new(EventSet::IN, WAKE))?;
-        let interest = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let interest = interest | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
         for (n, &fd) in fds.iter().enumerate() {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(interest, n as u64))?;
         }
         let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let (stopped, of_thread) = (stop.clone(), epoll.clone());
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             let mut events = vec![EpollEvent::default(); EVENTS];
             loop {
-                let n = match epoll.wait(-1, &mut events) {
+                let n = match of_thread.wait(-1, &mut events) {
                     Ok(n) => n,
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                     // Cannot happen to an open epoll descriptor.
@@ -72,7 +76,16 @@ impl Poller {
                 }
             }
         })?;
-        Ok(Poller { wake, stop, thread: Some(thread) })
+        Ok(Poller { epoll, fds: fds.to_vec(), interest, wake, stop, thread: Some(thread) })
+    }
+
+    /// Tell nothing for a while, or go on; what is the case then is told.
+    pub fn set_resting(&self, resting: bool) {
+        let interest = if resting { EventSet::empty() } else { self.interest };
+        for (n, &fd) in self.fds.iter().enumerate() {
+            // Descriptors that are watched can be watched otherwise.
+            let _ = self.epoll.ctl(ControlOperation::Modify, fd, EpollEvent::new(interest, n as u64));
+        }
     }
 }
 

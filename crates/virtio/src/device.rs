@@ -1,6 +1,7 @@
 //! What a virtio device is, apart from how the guest reaches it.
 
 use crate::queue::{Queue, QueueError};
+use crate::served::QueueServer;
 use ringfort_bus::lock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -110,6 +111,17 @@ pub trait VirtioDevice: Send + Sync {
     /// The driver is ready and took these features. Queues are served from now on.
     fn activate(&self, features: u64) {
         let _ = features;
+    }
+
+    /// Who serves some of its queues instead.
+    fn server(&self) -> Option<Arc<dyn QueueServer>> {
+        None
+    }
+
+    /// Whether [`server`](Self::server) serves this queue.
+    fn is_served(&self, queue: u16) -> bool {
+        let _ = queue;
+        true
     }
 
     /// Serve a queue until [`Queue::pop`] gives nothing, on an I/O thread. Called when the driver rings, and after

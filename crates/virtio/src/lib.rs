@@ -4,6 +4,7 @@
 //! - [`VirtioDevice`]: what a device is, whatever the transport. Devices: [`blk`], [`console`], [`net`], [`rng`], [`balloon`].
 //! - [`Core`]: the part of a transport that is the same for all: status, feature negotiation, queue set-up, I/O
 //!   threads, pause, save and load.
+//! - [`served`]: queues that the host's kernel or another process serves; [`vhost`]: over the vhost protocol.
 //! - [`pci`] and [`mmio`]: the two transports.
 //!
 //! # Threads
@@ -21,8 +22,10 @@ pub mod net;
 pub mod pci;
 pub mod queue;
 pub mod rng;
+pub mod served;
 pub mod testing;
 mod transport;
+pub mod vhost;
 
 pub use device::{Grouping, Interrupt, Quick, Served, Signals, VirtioDevice, feature, status};
 pub use queue::{Chain, Queue, QueueError};

@@ -25,11 +25,13 @@ use ringfort_virtio::balloon::{Balloon, BalloonOptions, HostRelease};
 use ringfort_virtio::blk::Blk;
 use ringfort_virtio::pci::VirtioPci;
 use ringfort_virtio::rng::Rng;
+use ringfort_virtio::served::QueueServer;
 use ringfort_x86::cpuid::{
     CpuBuilder, CpuSpec, CpuidTable, Hypervisor as HypervisorLeaves, SpecError, Topology,
 };
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -157,7 +159,7 @@ impl Machine {
         }
         let mut cards = Vec::new();
         for (n, nic) in config.nets.iter().enumerate() {
-            let mut place = Slots { pc: &pc, ram: &ram, virtio: &mut virtio };
+            let mut place = Slots { engine: engine.name(), pc: &pc, ram: &ram, virtio: &mut virtio };
             cards.push(Card::new(config, n, nic, &mut place, say).map_err(VmmError::Net)?);
         }
         virtio.push(add_virtio(&pc, &ram, Arc::new(Rng::new()))?);
@@ -302,6 +304,11 @@ impl Machine {
         let up = !self.cards.first()?.link();
         self.cards.iter().for_each(|c| c.set_link(up));
         Some(up)
+    }
+
+    /// The guest may be in another place of its networks than before: its drivers say where.
+    pub fn announce(&self) {
+        self.cards.iter().for_each(Card::announce);
     }
 
     /// Counters of the engine, and of the network cards as `net0_queue0_rx_frames`.
@@ -454,12 +461,24 @@ fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Resu
 
 /// Free places for network cards.
 struct Slots<'a> {
+    engine: &'static str,
     pc: &'a Pc,
     ram: &'a Arc<RamMap>,
     virtio: &'a mut Vec<Arc<VirtioPci>>,
 }
 
 impl Place for Slots<'_> {
+    fn vhost_net(&self, taps: &[BorrowedFd<'_>]) -> Result<Arc<dyn QueueServer>, String> {
+        // What a kernel thread writes the software engine does not hear of, whose translations go by it.
+        if self.engine != "kvm" {
+            return Err(format!(
+                "the engine is {}, and only a guest of kvm's has memory that the kernel may write",
+                self.engine
+            ));
+        }
+        Ok(Arc::new(ringfort_virtio::vhost::open_net(taps, self.pc.memory(), self.ram)?))
+    }
+
     fn virtio(&mut self, device: Arc<dyn VirtioDevice>) -> Result<(), String> {
         self.virtio.push(add_virtio(self.pc, self.ram, device).map_err(|e| e.to_string())?);
         Ok(())

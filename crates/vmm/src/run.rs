@@ -168,7 +168,7 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
         Some(saved) => SaveTarget { keep_existing: false, ..SaveTarget::by_default(saved.path().into()) },
         None => SaveTarget::by_default(format!("{}.rfstate", config.name).into()),
     });
-    drop(restore);
+    let restored = restore.take().is_some();
     let machine = Rc::new(machine);
     let mut session = gdb.map(|g| Session::new(machine.clone(), g.wait));
     remarks.iter().for_each(|line| ui.say(line));
@@ -192,6 +192,9 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     };
     if session.as_ref().is_none_or(|s| !s.holds()) {
         machine.resume();
+    }
+    if restored {
+        machine.announce();
     }
     let mut waiting = VecDeque::new();
     let mut halt = Halt::default();

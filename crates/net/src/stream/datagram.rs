@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock};
+use vmm_sys_util::epoll::EventSet;
 
 /// Own addresses that are kept, to know what comes back from a group.
 const OWN: usize = 8;
@@ -96,11 +97,11 @@ impl Datagrams {
         let events: Arc<OnceLock<Arc<dyn NetEvents>>> = Arc::default();
         let (of_thread, socket) = (events.clone(), Arc::new(socket));
         let poller = socket.set_nonblocking(true).and_then(|()| {
-            Poller::start("net-dgram", &[socket.as_raw_fd()], move |_, ready| {
+            Poller::start("net-dgram", &[socket.as_raw_fd()], EventSet::IN, move |_, ready| {
                 if ready.readable
                     && let Some(e) = of_thread.get()
                 {
-                    e.readable(0);
+                    e.take_now(0);
                 }
             })
         });

@@ -4,7 +4,7 @@ use crate::{NetError, Offloads, VnetHeader};
 use std::ffi::CStr;
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 /// Where taps come from.
@@ -86,7 +86,18 @@ impl AsRawFd for TapQueue {
     }
 }
 
+impl AsFd for TapQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl TapQueue {
+    /// Whether frames have headers of virtio in front.
+    pub fn has_headers(&self) -> bool {
+        self.headers
+    }
+
     /// Open the queues of the tap `name`, or of a new one.
     pub fn open(name: Option<&str>, queues: u16) -> io::Result<Vec<TapQueue>> {
         let mut all: Vec<TapQueue> = Vec::with_capacity(usize::from(queues));

@@ -18,10 +18,11 @@ use bridge::Membership;
 use device::TapQueue;
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
+use vmm_sys_util::epoll::EventSet;
 
 /// Most queues of a tap (Linux drivers/net/tun.c, MAX_TAP_QUEUES is 256; a device here has 16 pairs).
 pub const MAX_QUEUES: u16 = 16;
@@ -44,6 +45,8 @@ pub struct TapConfig {
     pub isolated: bool,
     /// The program that opens taps for those who may not; looked for if not given.
     pub helper: Option<PathBuf>,
+    /// The host's kernel moves the frames (vhost-net): where it can if not given, and with a word where it cannot if it is to.
+    pub vhost: Option<bool>,
 }
 
 impl Default for TapConfig {
@@ -56,6 +59,7 @@ impl Default for TapConfig {
             queues: 1,
             isolated: false,
             helper: None,
+            vhost: None,
         }
     }
 }
@@ -107,8 +111,8 @@ struct Inner {
 
 /// A guest's tap.
 pub struct Tap {
-    // Ends before the descriptors are closed, and these before the bridge is left.
-    poller: Option<Poller>,
+    // They end before the descriptors are closed, and these before the bridge is left.
+    pollers: Vec<Poller>,
     inner: Arc<Inner>,
     name: String,
     mtu: Option<u16>,
@@ -139,19 +143,9 @@ impl Tap {
         let active = queues.len() as u16;
         let inner = Arc::new(Inner { queues, active: AtomicU16::new(active), can, events: OnceLock::new() });
         let fds: Vec<RawFd> = inner.queues.iter().map(AsRawFd::as_raw_fd).collect();
-        let of_thread = inner.clone();
-        let poller = Poller::start("net-tap", &fds, move |queue, ready| {
-            if let Some(e) = of_thread.events.get() {
-                if ready.readable {
-                    e.readable(queue as u16);
-                }
-                if ready.writable {
-                    e.writable(queue as u16);
-                }
-            }
-        })
-        .map_err(NetError::host(format!("{name}: a thread that waits for frames")))?;
-        Ok(Tap { poller: Some(poller), inner, name, mtu, _membership: membership })
+        let fail = NetError::host(format!("{name}: a thread that waits for frames"));
+        let pollers = pollers(&inner, &fds).map_err(fail)?;
+        Ok(Tap { pollers, inner, name, mtu, _membership: membership })
     }
 
     fn open(
@@ -194,9 +188,37 @@ impl Tap {
     }
 }
 
+/// A thread for what comes on each queue, which takes the frames itself, and one for room on all of them.
+fn pollers(inner: &Arc<Inner>, fds: &[RawFd]) -> io::Result<Vec<Poller>> {
+    let tell = |f: fn(&dyn NetEvents, u16)| {
+        let inner = inner.clone();
+        move |queue: usize| {
+            if let Some(e) = inner.events.get() {
+                f(&**e, queue as u16);
+            }
+        }
+    };
+    let mut all = Vec::new();
+    for (n, fd) in fds.iter().enumerate() {
+        let taken = tell(|e, queue| e.take_now(queue));
+        all.push(Poller::start("net-tap", &[*fd], EventSet::IN, move |_, ready| {
+            if ready.readable {
+                taken(n);
+            }
+        })?);
+    }
+    let room = tell(|e, queue| e.writable(queue));
+    all.push(Poller::start("net-tap-room", fds, EventSet::OUT, move |queue, ready| {
+        if ready.writable {
+            room(queue);
+        }
+    })?);
+    Ok(all)
+}
+
 impl Drop for Tap {
     fn drop(&mut self) {
-        self.poller = None;
+        self.pollers.clear();
     }
 }
 
@@ -228,6 +250,33 @@ impl NetBackend for Tap {
     fn set_offloads(&self, offloads: Offloads) {
         // They belong to the device, whichever queue is asked. What was offered is what the kernel took before.
         let _ = self.inner.queues[0].set_offloads(offloads.and(self.inner.can));
+    }
+
+    fn kernel_queues(&self) -> Option<Vec<BorrowedFd<'_>>> {
+        let queues = &self.inner.queues;
+        queues.iter().all(TapQueue::has_headers).then(|| queues.iter().map(AsFd::as_fd).collect())
+    }
+
+    fn set_resting(&self, resting: bool) {
+        self.pollers.iter().for_each(|p| p.set_resting(resting));
+    }
+
+    /// What the host counts of it; what it sends is what the guest gets.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let dir = Path::new("/sys/class/net").join(&self.name).join("statistics");
+        // A tap of another network namespace is not to be seen there.
+        let read = |file: &str| std::fs::read_to_string(dir.join(file)).ok()?.trim().parse().ok();
+        [
+            ("tap_rx_frames", "tx_packets"),
+            ("tap_rx_bytes", "tx_bytes"),
+            ("tap_rx_dropped", "tx_dropped"),
+            ("tap_tx_frames", "rx_packets"),
+            ("tap_tx_bytes", "rx_bytes"),
+            ("tap_tx_dropped", "rx_dropped"),
+        ]
+        .into_iter()
+        .filter_map(|(name, file)| Some((name, read(file)?)))
+        .collect()
     }
 
     fn set_pairs(&self, pairs: u16) {

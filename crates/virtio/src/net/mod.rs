@@ -9,6 +9,7 @@ mod rss;
 #[cfg(test)]
 mod tests;
 
+use crate::served::{QueueServer, ServedQueue};
 use crate::{Chain, Grouping, Queue, QueueError, Quick, Served, Signals, VirtioDevice};
 use control::ControlState;
 use filter::Filter;
@@ -133,6 +134,8 @@ struct State {
 /// A network device.
 pub struct Net {
     backend: Arc<dyn NetBackend>,
+    /// Who moves frames instead, by another way to the same network.
+    server: Option<Arc<dyn QueueServer>>,
     options: NetOptions,
     mtu: Option<u16>,
     pairs: Vec<Pair>,
@@ -185,6 +188,18 @@ impl Net {
     /// # Errors
     /// When an option is out of range, in words.
     pub fn new(backend: Arc<dyn NetBackend>, options: NetOptions) -> Result<Arc<Net>, String> {
+        Net::served(backend, None, options)
+    }
+
+    /// The same; `server`, if there is one, moves the frames between queues and network, which `backend` is set up by.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn served(
+        backend: Arc<dyn NetBackend>,
+        server: Option<Arc<dyn QueueServer>>,
+        options: NetOptions,
+    ) -> Result<Arc<Net>, String> {
         let most = MAX_PAIRS.min(backend.max_pairs());
         if !(1..=most).contains(&options.pairs) {
             return Err(format!("{} pairs of queues: choose 1 to {most}", options.pairs));
@@ -196,6 +211,8 @@ impl Net {
         if mtu.is_some_and(|m| m < MIN_MTU) {
             return Err(format!("the MTU is too small: give {MIN_MTU} to 65535"));
         }
+        let server = server
+            .map(|server| -> Arc<dyn QueueServer> { Arc::new(Handed { server, backend: backend.clone() }) });
         let net = Arc::new(Net {
             pairs: (0..options.pairs).map(|_| Pair::default()).collect(),
             state: Mutex::new(State {
@@ -209,6 +226,7 @@ impl Net {
             features: AtomicU64::new(0),
             scaling: Mutex::new(None),
             backend,
+            server,
             options,
             mtu,
             signals: OnceLock::new(),
@@ -226,6 +244,9 @@ impl Net {
                 return;
             }
             s.status = status;
+        }
+        if let Some(server) = &self.server {
+            server.set_link(up);
         }
         if let Some(s) = self.signals.get() {
             s.config_changed();
@@ -465,6 +486,30 @@ impl Net {
     }
 }
 
+/// Another's work on the queues, during which the back end rests.
+struct Handed {
+    server: Arc<dyn QueueServer>,
+    backend: Arc<dyn NetBackend>,
+}
+
+impl QueueServer for Handed {
+    fn start(&self, features: u64, queues: &[ServedQueue<'_>]) -> std::io::Result<()> {
+        self.server.start(features, queues)?;
+        self.backend.set_resting(true);
+        Ok(())
+    }
+
+    fn stop(&self) -> Vec<(u16, u16)> {
+        let reached = self.server.stop();
+        self.backend.set_resting(false);
+        reached
+    }
+
+    fn set_link(&self, up: bool) {
+        self.server.set_link(up);
+    }
+}
+
 enum Placed {
     Done,
     TooLong,
@@ -569,6 +614,14 @@ impl VirtioDevice for Net {
 
     fn attach(&self, signals: Arc<Signals>) {
         let _ = self.signals.set(signals);
+    }
+
+    fn server(&self) -> Option<Arc<dyn QueueServer>> {
+        self.server.clone()
+    }
+
+    fn is_served(&self, queue: u16) -> bool {
+        queue != self.control_queue()
     }
 
     fn activate(&self, features: u64) {

@@ -205,6 +205,12 @@ impl Queue {
         self.progress
     }
 
+    /// Go on after somebody else has served the queue up to `next_avail`; how much of it was used stands in the ring.
+    pub(crate) fn resume_at(&mut self, next_avail: u16) {
+        let next_used = u16::from_le(self.used_u16(2).load(Ordering::Acquire));
+        self.progress = QueueProgress { next_avail, next_used, signalled: None };
+    }
+
     fn avail_u16(&self, offset: usize) -> &AtomicU16 {
         debug_assert!(offset + 2 <= 6 + 2 * usize::from(self.size));
         // SAFETY: `offset` is even and inside the available ring, which was checked to lie aligned in RAM that

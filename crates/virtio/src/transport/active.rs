@@ -6,7 +6,7 @@ use crate::{Interrupt, Queue, QueueError, Quick, Served, VirtioDevice, status};
 use ringfort_bus::lock;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -52,6 +52,8 @@ pub struct ActiveQueue {
     interrupt: Arc<dyn Interrupt>,
     kick: Arc<EventFd>,
     fault: Arc<Fault>,
+    /// Rung while somebody else serves the queue, who alone may touch it then.
+    outside: RwLock<Option<Arc<EventFd>>>,
 }
 
 impl ActiveQueue {
@@ -63,7 +65,8 @@ impl ActiveQueue {
         kick: Arc<EventFd>,
         fault: Arc<Fault>,
     ) -> ActiveQueue {
-        ActiveQueue { queue: Mutex::new(queue), device, status, interrupt, kick, fault }
+        let outside = RwLock::default();
+        ActiveQueue { queue: Mutex::new(queue), device, status, interrupt, kick, fault, outside }
     }
 
     /// One queue that is broken stops them all: the driver has to reset the device.
@@ -77,12 +80,35 @@ impl ActiveQueue {
         self.interrupt.config();
     }
 
+    fn outside(&self) -> Option<Arc<EventFd>> {
+        self.outside.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Somebody else serves the queue from now on, and looks at it when `kick` is written. Gives the next entry of the available ring.
+    pub fn hand_over(&self, kick: Arc<EventFd>) -> u16 {
+        let queue = lock(&self.queue);
+        *self.outside.write().unwrap_or_else(PoisonError::into_inner) = Some(kick);
+        queue.progress().next_avail
+    }
+
+    /// The queue is this process's again, after others have got as far as `next_avail` if they did anything.
+    pub fn take_back(&self, next_avail: Option<u16>) {
+        let mut queue = lock(&self.queue);
+        if let Some(n) = next_avail {
+            queue.resume_at(n);
+        }
+        *self.outside.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Serve the queue, on its I/O thread.
     fn serve(&self) {
         self.serve_queue(&mut lock(&self.queue));
     }
 
     fn serve_queue(&self, queue: &mut Queue) {
+        if self.outside().is_some() {
+            return;
+        }
         // Also while paused or broken: what is finished may be what others wait for.
         self.device.collect(queue, self.is_broken());
         // Also without new chains: the device may have been kicked for something that it holds.
@@ -102,9 +128,15 @@ impl ActiveQueue {
 
     /// The doorbell, on a vCPU.
     pub fn ring(&self) {
+        if let Some(kick) = self.outside() {
+            // Fails only when 2^64 kicks are outstanding; one is as good.
+            let _ = kick.write(1);
+            return;
+        }
         // Whoever has the queue looks again before it leaves, but perhaps did so already: hence the kick.
         if self.device.has_quick()
             && let Ok(mut queue) = self.queue.try_lock()
+            && self.outside().is_none()
         {
             for _ in 0..QUICK_ROUNDS {
                 if self.is_broken() {

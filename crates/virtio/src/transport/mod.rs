@@ -1,6 +1,7 @@
 //! The part of a transport that PCI and MMIO share (virtio 1.3 sections 2.1, 2.2, 3.1).
 
 mod active;
+mod outside;
 #[cfg(test)]
 mod tests;
 
@@ -8,6 +9,7 @@ use crate::device::Serve;
 use crate::queue::{Gate, QueueLayout, QueueProgress};
 use crate::{Grouping, Interrupt, Queue, Signals, VirtioDevice, feature, status};
 use active::{ActiveQueue, Fault, Worker};
+use outside::Outside;
 use ringfort_bus::lock;
 use ringfort_memory::RamMap;
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,20 @@ struct Regs {
 struct Active {
     gate: Arc<Gate>,
     workers: Vec<Worker>,
+    outside: Option<Outside>,
+}
+
+impl Active {
+    /// Have others serve the queues that are theirs, or nobody.
+    fn set_outside(&mut self, run: bool, fault: &Fault) {
+        let Some(o) = &mut self.outside else { return };
+        if !run {
+            o.stop();
+        } else if let Err(e) = o.start() {
+            fault.note(format!("{e}; this process serves the queues instead"));
+            self.outside = None;
+        }
+    }
 }
 
 struct Lifecycle {
@@ -217,7 +233,7 @@ impl Core {
                 self.interrupt.clone(),
             );
             match made {
-                Ok(queue) => queues.push((i, queue)),
+                Ok(queue) => queues.push((i, layout, queue)),
                 Err(e) => return self.break_down(&format!("queue {i}: {e}")),
             }
         }
@@ -225,7 +241,9 @@ impl Core {
         self.signals.connect(Some(self.interrupt.clone()));
         let kicks = self.signals.kicks();
         let mut groups: Vec<(Arc<EventFd>, Vec<Arc<ActiveQueue>>)> = Vec::new();
-        for (i, queue) in queues {
+        let server = self.device.server();
+        let mut served = Vec::new();
+        for (i, layout, queue) in queues {
             let kick = kicks[i].clone();
             let active = Arc::new(ActiveQueue::new(
                 queue,
@@ -236,6 +254,9 @@ impl Core {
                 self.fault.clone(),
             ));
             *self.lanes[i].write().unwrap_or_else(PoisonError::into_inner) = Some(active.clone());
+            if server.is_some() && self.device.is_served(i as u16) {
+                served.push((i as u16, active.clone(), layout));
+            }
             match groups.iter_mut().find(|g| Arc::ptr_eq(&g.0, &kick)) {
                 Some(g) => g.1.push(active),
                 None => groups.push((kick, vec![active])),
@@ -253,7 +274,16 @@ impl Core {
                 }
             }
         }
-        life.active = Some(Active { gate, workers });
+        let outside = server
+            .map(|s| Outside::new(s, regs.driver_features, served, self.interrupt.clone()))
+            .transpose()
+            .unwrap_or_else(|e| {
+                self.fault.note(format!("{}: handing queues over: {e}", self.device.kind()));
+                None
+            });
+        let mut active = Active { gate, workers, outside };
+        active.set_outside(!life.paused && life.dma, &self.fault);
+        life.active = Some(active);
         let serve = |lane: &RwLock<Option<Arc<ActiveQueue>>>| -> Weak<dyn Serve> {
             match read_lane(lane).as_ref() {
                 Some(q) => {
@@ -285,8 +315,9 @@ impl Core {
     /// End all I/O; requests under way are completed first.
     fn deactivate(&self) {
         let active = lock(&self.life).active.take();
-        if let Some(Active { gate, workers }) = active {
+        if let Some(Active { gate, workers, outside }) = active {
             gate.set_paused(true);
+            drop(outside);
             self.signals.set_servers(Vec::new());
             let queues: Vec<Arc<ActiveQueue>> =
                 self.lanes.iter().filter_map(|lane| read_lane(lane).clone()).collect();
@@ -317,8 +348,9 @@ impl Core {
     pub fn pause(&self) {
         let mut life = lock(&self.life);
         life.paused = true;
-        if let Some(a) = &life.active {
+        if let Some(a) = &mut life.active {
             a.gate.set_paused(true);
+            a.set_outside(false, &self.fault);
         }
         drop(life);
         for lane in &self.lanes {
@@ -332,8 +364,10 @@ impl Core {
     pub fn resume(&self) {
         let mut life = lock(&self.life);
         life.paused = false;
-        if let Some(a) = &life.active {
+        let dma = life.dma;
+        if let Some(a) = &mut life.active {
             a.gate.set_paused(false);
+            a.set_outside(dma, &self.fault);
         }
         drop(life);
         self.device.resumed();
@@ -347,8 +381,10 @@ impl Core {
             return;
         }
         life.dma = allowed;
-        if let Some(a) = &life.active {
+        let paused = life.paused;
+        if let Some(a) = &mut life.active {
             a.gate.set_dma(allowed);
+            a.set_outside(allowed && !paused, &self.fault);
         }
         drop(life);
         if allowed {

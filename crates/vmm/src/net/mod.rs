@@ -12,6 +12,8 @@ use ringfort_net::user::UserNet;
 use ringfort_net::{MacAddr, NetBackend, Statistics};
 use ringfort_virtio::VirtioDevice;
 use ringfort_virtio::net::{Net, NetOptions};
+use ringfort_virtio::served::QueueServer;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// What carries the frames of `nic`, whose address is `mac`. `say` gets a line about what was chosen.
@@ -99,7 +101,20 @@ impl Card {
                     mtu: nic.mtu,
                     rss: nic.rss,
                 };
-                let net = Net::new(backend, options)?;
+                let server = match nic.link.vhost() {
+                    None | Some(Some(false)) => None,
+                    Some(wanted) => match kernel_server(nic, &*backend, place) {
+                        Ok(server) => Some(server),
+                        Err(why) => {
+                            // Where nobody asked for it, there is nothing to say.
+                            if wanted == Some(true) {
+                                say(&format!("network: no vhost-net, frames go through this process: {why}"));
+                            }
+                            None
+                        }
+                    },
+                };
+                let net = Net::served(backend, server, options)?;
                 place.virtio(net.clone())?;
                 Ok(Card::Virtio(net))
             }
@@ -120,6 +135,13 @@ impl Card {
         match self {
             Card::Virtio(n) => n.link(),
             Card::Intel(n) => n.link(),
+        }
+    }
+
+    /// Have the guest's driver say to its network where it is, if it can.
+    pub fn announce(&self) {
+        if let Card::Virtio(n) = self {
+            n.announce();
         }
     }
 
@@ -151,8 +173,31 @@ impl Card {
     }
 }
 
+/// The host's kernel as the server of a card's queues.
+fn kernel_server(
+    nic: &Nic,
+    backend: &dyn NetBackend,
+    place: &dyn Place,
+) -> Result<Arc<dyn QueueServer>, String> {
+    if !nic.guard.is_empty() {
+        return Err("it knows no limits and no macguard".into());
+    }
+    if nic.rss {
+        return Err("it knows no rss".into());
+    }
+    let queues =
+        backend.kernel_queues().ok_or("the tap was opened without headers of virtio (IFF_VNET_HDR)")?;
+    place.vhost_net(&queues)
+}
+
 /// Where a machine's cards are put.
 pub trait Place {
+    /// The host's vhost-net for a tap's queues.
+    ///
+    /// # Errors
+    /// Why there is none, in words.
+    fn vhost_net(&self, taps: &[BorrowedFd<'_>]) -> Result<Arc<dyn QueueServer>, String>;
+
     /// A device of virtio.
     ///
     /// # Errors

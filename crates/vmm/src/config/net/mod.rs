@@ -66,7 +66,7 @@ pub enum Link {
 
 impl Link {
     /// What the command line calls them.
-    const KINDS: [&str; 6] = ["user", "passt", "tap", "bridge", "stream", "dgram"];
+    const KINDS: [&str; 7] = ["user", "passt", "tap", "bridge", "network", "stream", "dgram"];
 
     /// The kind, as the command line has it.
     pub fn kind(&self) -> &'static str {
@@ -85,6 +85,15 @@ impl Link {
         match self {
             Link::User(_) | Link::Passt(_) => false,
             Link::Tap(_) | Link::Network(_) | Link::Stream(_) | Link::Dgram(_) => true,
+        }
+    }
+
+    /// What the configuration says about vhost-net; `None` where there can be none.
+    pub fn vhost(&self) -> Option<Option<bool>> {
+        match self {
+            Link::Tap(c) => Some(c.vhost),
+            Link::Network(c) => Some(c.vhost),
+            _ => None,
         }
     }
 

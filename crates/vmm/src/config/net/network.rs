@@ -8,7 +8,7 @@ use ringfort_net::tap::TapConfig;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
-const KNOWN: &str = "state-dir, helper";
+const KNOWN: &str = "state-dir, helper, vhost";
 
 /// Which network.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -22,6 +22,9 @@ pub struct NetworkLink {
     /// The program that opens taps for those who may not; looked for if not given.
     #[serde(default)]
     pub helper: Option<PathBuf>,
+    /// As of taps.
+    #[serde(default)]
+    pub vhost: Option<bool>,
 }
 
 impl NetworkLink {
@@ -30,6 +33,7 @@ impl NetworkLink {
         for o in options {
             match o.key {
                 "state-dir" => c.state_dir = Some(o.need()?.into()),
+                "vhost" => c.vhost = Some(o.switch()?),
                 "helper" => c.helper = Some(o.need()?.into()),
                 _ => return Err(o.unknown("managed", KNOWN)),
             }
@@ -51,6 +55,7 @@ impl NetworkLink {
             bridge: Some(c.bridge()),
             isolated: c.isolate,
             helper: self.helper.clone(),
+            vhost: self.vhost,
             ..TapConfig::default()
         })
     }

@@ -21,14 +21,7 @@ pub(super) fn options(c: &mut TapConfig, options: &[KeyValue<'_>]) -> Result<(),
             }
             "isolated" => c.isolated = o.switch()?,
             "helper" => c.helper = Some(o.need()?.into()),
-            "vhost" => {
-                if o.switch()? {
-                    return Err(ParseError(
-                        "vhost=on: this version moves frames in its own process; leave it out or give off"
-                            .into(),
-                    ));
-                }
-            }
+            "vhost" => c.vhost = Some(o.switch()?),
             _ => return Err(o.unknown("tap", KNOWN)),
         }
     }

@@ -47,7 +47,7 @@ fn taps_bridges_and_sockets() {
     assert_eq!(n.guard.rx.packets.map(|r| (r.per_second, r.burst)), Some((1024, 5)));
     for (bad, says) in [
         ("tap,fd=x", "inherited descriptor"),
-        ("tap,vhost=on", "in its own process"),
+        ("tap,vhost=perhaps", "give on or off"),
         ("bridge=", "bridge needs a value"),
         ("bridge", "the networks are"),
         ("bridge=a,bridge=b", "unknown option 'bridge'"),
