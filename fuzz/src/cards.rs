@@ -7,7 +7,7 @@ use ringfort_devices::e1000e::E1000e;
 use ringfort_devices::pci::PciFunction;
 use ringfort_memory::{Bytes, GuestAddress, GuestMemory, RamMap};
 use ringfort_net::managed::dhcp::Server;
-use ringfort_net::managed::{NetworkConfig, dns, leases};
+use ringfort_net::managed::{NetworkConfig, dhcp6, dns, leases};
 use ringfort_net::{MAX_FRAME, MacAddr, NetBackend, NetEvents, Offloads, Sent, VnetHeader, hash, segment};
 use ringfort_virtio::VirtioDevice;
 use ringfort_virtio::net::{Net, NetOptions};
@@ -175,6 +175,25 @@ pub fn net_services(data: &[u8]) {
             }
         }
         assert!(server.leases(0).len() <= 8);
+    }
+    let with6 = NetworkConfig { ipv6: "fd00:9::/64".parse().ok(), ..config };
+    if let Some(mut server) = dhcp6::Server::new(&with6, MAC, &leases::parse(&String::from_utf8_lossy(data)))
+    {
+        for (n, chunk) in data.chunks(90).enumerate() {
+            let _ = server.handle(chunk, n as u64 * 1000);
+            // The same as options of a client that names itself, and the server where it has to.
+            let kind = chunk.first().map_or(1, |k| k % 12);
+            let mut m = vec![kind, 1, 2, 3, 0, 1, 0, 2, 7, n as u8];
+            if matches!(kind, 3 | 5 | 8 | 9) {
+                m.extend([0, 2, 0, 10, 0, 3, 0, 1]);
+                m.extend(MAC);
+            }
+            m.extend_from_slice(chunk);
+            if let Some(a) = server.handle(&m, n as u64 * 1000) {
+                assert!((4..1500).contains(&a.len()) && a[1..4] == [1, 2, 3]);
+            }
+        }
+        assert!(server.leases(0).len() <= 4096);
     }
     if let Some(q) = dns::question(data) {
         assert!(dns::answer(data, &q, Some([1, 2, 3, 4].into())).len() <= data.len() + 16);

@@ -64,52 +64,41 @@ fn debian_boots_under_kvm_with_one_and_two_vcpus_and_either_irqchip() {
 }
 
 #[test]
-fn the_hosts_kernel_moves_frames_and_gives_queues_back_to_a_machine_that_is_saved() {
+fn the_hosts_kernel_moves_a_guests_frames() {
     let _turn = one_at_a_time();
     let scratch = Scratch::new("vhost-lab");
-    // The tap is made by each run, and its address by this loop; what serves a tap's queues in the kernel is a thread of that name.
+    // The tap is made by the run, and its address by this loop; what serves a tap's queues in the kernel is a thread of that name.
     let script = format!(
         "set -e\n\
          head -c 4000000 /dev/urandom >/tmp/blob\n\
          httpd -p 8080 -h /tmp\n\
-         (set +e; while sleep 0.2; do ip addr add 10.9.0.1/24 dev rftap0; ps | grep '[v]host-' >/tmp/seen && cp /tmp/seen /tmp/vhost; done) \
+         (set +e; until ip addr add 10.9.0.1/24 dev rftap0; do sleep 0.2; done; until ps | grep '[v]host-' >/tmp/vhost; do sleep 0.2; done) \
          >/dev/null 2>&1 &\n\
-         {RUN} --accel kvm --net tap,vhost=on,mac=52:54:00:00:00:01 --save /tmp/s.rfstate --cmdline 'console=ttyS0 panic=-1 quiet'\n\
-         ./ringfort restore /tmp/s.rfstate --accel kvm --stats /tmp/stats\n\
+         {RUN} --accel kvm --net tap,vhost=on --stats /tmp/stats --cmdline 'console=ttyS0 panic=-1 quiet'\n\
          md5sum </tmp/blob\n\
-         cat /tmp/vhost /tmp/stats\n\
-         {RUN} --accel soft --net tap,vhost=on --cmdline 'console=ttyS0 panic=-1 quiet' </dev/null & sleep 5; kill $!\n"
+         cat /tmp/vhost /tmp/stats\n"
     );
     let mut g = lab(&script, &scratch);
     let said = g.expect(TEST_PROMPT);
     assert!(!said.contains("no vhost-net"), "{said}");
-    g.shell("ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; until ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done");
-    let fetch = "wget -q -O - http://10.9.0.1:8080/blob | md5sum | cut -c-32";
-    let before = g.shell(fetch);
-    // Two machines of the same name must not be on: the first is gone when the second begins.
-    // What is typed before the second has the terminal is lost; that it runs is heard.
-    g.shell("(while sleep 1; do echo tick; done) & true");
-    g.send("\x01s");
-    g.expect("saved");
-    g.expect("tick");
-    g.shell("kill $!; wait");
-    g.shell("until ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done");
-    assert_eq!(g.shell(fetch), before);
-    // Without the cable nothing passes.
+    let reach = "until ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done";
+    g.shell(&format!("ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; {reach}"));
+    let sum = g.shell("wget -q -O - http://10.9.0.1:8080/blob | md5sum | cut -c-32");
+    // Without the cable nothing passes; with it the queues go on where they were.
     g.send("\x01l");
-    g.shell("until grep -q 0 /sys/class/net/eth0/carrier; do sleep 0.1; done; if ping -c 1 -W 1 10.9.0.1 >/dev/null; then false; fi");
+    g.shell("until grep -q 0 /sys/class/net/eth0/carrier; do sleep 0.1; done");
+    g.shell("if ping -c 1 -W 1 10.9.0.1 >/dev/null; then false; fi");
     g.send("\x01l");
-    g.shell("until ping -c 1 -W 1 10.9.0.1 >/dev/null; do :; done");
+    g.shell(reach);
     g.send("poweroff -f\n");
-    let rest = g.expect(&format!("{LAB}exit"));
-    assert!(rest.contains(&before), "the sum on the host's side: {rest}");
+    let rest = g.expect(&format!("{LAB}exit 0"));
+    assert!(rest.contains(&sum), "the sum on the host's side: {rest}");
     assert!(rest.contains("vhost-"), "no thread of the kernel's served the queues: {rest}");
     let counter = |name: &str| {
         let at = rest.find(&format!("\"{name}\": ")).unwrap_or_else(|| panic!("no {name}: {rest}"));
-        rest[at..].split([' ', ',', '\r']).nth(1).and_then(|n| n.parse::<u64>().ok()).expect("a number")
+        rest[at..].split([' ', ',', '\r', '\n']).nth(1).and_then(|n| n.parse::<u64>().ok()).expect("a number")
     };
     assert_eq!(counter("net0_queue0_rx_frames"), 0, "frames went through this process");
     assert!(counter("net0_tap_rx_bytes") > 4_000_000);
-    assert!(rest.contains("no vhost-net, frames go through this process: the engine is soft"), "{rest}");
     g.wait();
 }

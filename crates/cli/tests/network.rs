@@ -6,6 +6,7 @@ mod support;
 
 use servers::Web;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::UdpSocket;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use support::*;
@@ -50,6 +51,9 @@ my $t = IO::Socket::INET->new(PeerAddr => $host, PeerPort => 53) or die "tcp: $!
 my $q = query(70000); syswrite $t, pack("n", length $q) . $q; read $t, my $l, 2; read $t, my $a, unpack("n", $l);
 print "good $good wrong $wrong again $again tcp ", unpack("N", substr $a, -4), "\n";
 "#;
+
+/// Sends each datagram that comes to port 7007 back.
+const ECHO: &str = r#"use IO::Socket::INET; my $s = IO::Socket::INET->new(LocalPort => 7007, Proto => "udp"); while (1) { my $d; $s->recv($d, 65536); $s->send($d); }"#;
 
 /// Messages of `kind` from the DHCP server in a capture (RFC 2132 section 9.6).
 fn dhcp_messages(capture: &std::path::Path, kind: u8) -> usize {
@@ -118,9 +122,12 @@ fn a_debian_guest_is_online() {
     let web = Web::start("127.0.0.1:0", &[&mirror, &scratch.0]).expect("a web server");
     let web6 = Web::start("[::1]:0", &[&scratch.0]);
     let (ssh, http) = (servers::free_port(), servers::free_port());
+    let (echo, http6) = (servers::free_udp_port(), servers::free_port());
+    let forward6 =
+        if web6.is_some() { format!("hostfwd=tcp:[::1]:{http6}-[fec0::f]:80,") } else { String::new() };
     let net = format!(
         "user,nameserver={},hostalias={HOST},host-loopback=on,hostname=netbox,domainname=example.test,\
-         dnssearch=example.test,hostfwd=tcp:127.0.0.1:{ssh}-:22,hostfwd=tcp:127.0.0.1:{http}-:80,tftp={},dump={}",
+         dnssearch=example.test,hostfwd=tcp:127.0.0.1:{ssh}-:22,hostfwd=tcp:127.0.0.1:{http}-:80,{forward6}hostfwd=udp:127.0.0.1:{echo}-:7007,tftp={},dump={}",
         servers::names(),
         text(&tftp),
         text(&capture),
@@ -198,6 +205,26 @@ fn a_debian_guest_is_online() {
     g.shell("cp /tmp/large /srv/; busybox httpd -p 80 -h /srv");
     let out = Command::new("curl").args(["-fsS", &format!("http://127.0.0.1:{http}/large")]).output();
     assert!(out.expect("curl").stdout == std::fs::read(&large).expect("the file"));
+    // By IPv6 to an address of its own, and by UDP.
+    if web6.is_some() {
+        g.shell(&format!("ip address add fec0::f/64 dev {card} nodad"));
+        let out = Command::new("curl").args(["-gfsS", &format!("http://[::1]:{http6}/large")]).output();
+        assert!(out.expect("curl").stdout == std::fs::read(&large).expect("the file"));
+    }
+    g.shell(&format!("perl -e '{ECHO}' >/dev/null 2>&1 & true"));
+    let udp = UdpSocket::bind("127.0.0.1:0").expect("a port");
+    udp.set_read_timeout(Some(Duration::from_secs(1))).expect("a limit");
+    udp.connect(("127.0.0.1", echo)).expect("an address");
+    for len in [1, 1400, 9000] {
+        let sent: Vec<u8> = (0..len).map(|_| random.u8(..)).collect();
+        let mut got = [0; 10_000];
+        // Datagrams may be lost, the first ones before the guest listens.
+        let came = (0..60).any(|_| {
+            udp.send(&sent).expect("a datagram");
+            udp.recv(&mut got).is_ok_and(|n| got[..n] == sent)
+        });
+        assert!(came, "{len} bytes by UDP");
+    }
     let public = std::fs::read_to_string(key.with_extension("pub")).expect("the key");
     g.shell(&format!("mkdir -m 700 -p .ssh; echo '{}' > .ssh/authorized_keys", public.trim()));
     g.shell("dropbearkey -t ed25519 -f /tmp/hostkey >/dev/null 2>&1; dropbear -r /tmp/hostkey -p 22");
@@ -312,4 +339,93 @@ fn passt_carries_a_guests_frames_when_it_is_there() {
     let left =
         Command::new("pgrep").args(["-f", "passt -f -1 -s /tmp/ringfort-passt"]).output().expect("pgrep");
     assert!(left.stdout.is_empty(), "passt is left behind");
+}
+
+#[test]
+fn user_networks_keep_to_what_they_were_told() {
+    let _turn = one_at_a_time();
+    let guest = test_guest();
+    let scratch = Scratch::new("told");
+    let content: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+    let file = scratch.file("file", &content);
+    let small = scratch.file("small", &content[..150_000]);
+    let tftp = scratch.0.join("tftp");
+    std::fs::create_dir(&tftp).expect("a folder");
+    std::fs::copy(&small, tftp.join("pxe.0")).expect("a file");
+    let capture = scratch.0.join("frames.pcap");
+    let web = Web::start("127.0.0.1:0", &[&scratch.0]).expect("a web server");
+    let end = servers::after_the_end();
+    let port = web.at.port();
+    let into = servers::free_port();
+    let cards = [
+        // Nothing but a port that leads in.
+        format!(
+            "user,net=10.3.0.0/24,ipv6=off,restrict=on,host-loopback=on,hostfwd=tcp:127.0.0.1:{into}-:80"
+        ),
+        // The host's loopback by one address only; names, and files to boot from.
+        format!(
+            "user,net=10.4.0.0/24,ipv6=off,hostalias=10.4.0.100,hostname=box,domainname=a.test,dnssearch=b.test,dnssearch=c.test,\
+             tftp={},bootfile=pxe.0,dump={}",
+            text(&tftp),
+            text(&capture)
+        ),
+        // Bytes per second; packets per second.
+        "user,net=10.5.0.0/24,ipv6=off,host-loopback=on,rx-rate=1M,rx-burst=64k,tx-rate=1M,tx-burst=64k"
+            .into(),
+        "user,net=10.6.0.0/24,ipv6=off,host-loopback=on,rx-packets=50,rx-packets-burst=10".into(),
+    ];
+    let mut args = vec!["run", "--accel", "soft", "--memory", "256M", "--cmdline", &guest.cmdline];
+    args.extend(["--kernel", text(&guest.kernel), "--initrd", text(&guest.initrd)]);
+    cards.iter().for_each(|c| args.extend(["--net", c]));
+    let mut g = Guest::start(ringfort(&args));
+    g.expect(ringfort_guest::TEST_PROMPT);
+    for n in 0..4 {
+        g.shell(&format!("ip addr add 10.{}.0.15/24 dev eth{n}; ip link set eth{n} up", n + 3));
+    }
+    g.shell("mkdir /tmp/www; echo inside >/tmp/www/f; httpd -p 80 -h /tmp/www");
+    let reaches = |g: &mut Guest, at: &str| {
+        g.shell(&format!(
+            "if timeout 5 wget -q -O /dev/null http://{at}:{port}/small 2>/dev/null; then echo yes; else echo no; fi"
+        ))
+    };
+    // restrict=on: in by the port, out to nowhere, the open loopback included.
+    let out = Command::new("curl").args(["-fsS", &format!("http://127.0.0.1:{into}/f")]).output();
+    assert_eq!(out.expect("curl").stdout, b"inside\n");
+    assert_eq!(reaches(&mut g, "10.3.0.2"), "no");
+    // The loopback is closed by itself, and open at the alias.
+    assert_eq!((reaches(&mut g, "10.4.0.2"), reaches(&mut g, "10.4.0.100")), ("no".into(), "yes".into()));
+    // What DHCP tells, and the file that it names.
+    let script = "printf '#!/bin/sh\\nenv >/tmp/$1\\n' >/tmp/s; chmod +x /tmp/s; udhcpc -i eth1 -n -q -t 20 -T 1 -O bootfile -O search -O tftp \
+                  -s /tmp/s >/dev/null 2>&1; cat /tmp/bound";
+    let told = g.shell(script);
+    for part in [
+        "ip=10.4.0.15",
+        "router=10.4.0.2",
+        "dns=10.4.0.3",
+        "hostname=box",
+        "domain=a.test",
+        "b.test c.test",
+        "pxe.0",
+    ] {
+        assert!(told.contains(part), "no {part}: {told}");
+    }
+    g.shell("cd /tmp; tftp -g -r pxe.0 -l pxe 10.4.0.2");
+    assert_eq!(g.shell("sha256sum </tmp/pxe | cut -c-64"), sha256(&small));
+    assert!(dhcp_messages(&capture, 5) == 1, "the capture has the answer");
+    // 3 MB at 1 MiB/s take longer than 2.7 s either way, less the burst; 150 kB are 104 packets at least, of which 10 go at once.
+    let timed = |g: &mut Guest, least: f64, command: &str| {
+        let start = Instant::now();
+        let said = g.shell(command);
+        assert!(start.elapsed().as_secs_f64() > least, "{command} took {:?}", start.elapsed());
+        said
+    };
+    let said =
+        timed(&mut g, 2.6, &format!("wget -q -O - http://10.5.0.2:{port}/file | tee /tmp/file | sha256sum"));
+    assert_eq!(said[..64], sha256(&file));
+    let said = timed(&mut g, 2.6, &format!("nc 10.5.0.2 {} </tmp/file", end.port()));
+    assert_eq!(said, "3000000 bytes");
+    let said = timed(&mut g, 1.7, &format!("wget -q -O - http://10.6.0.2:{port}/small | sha256sum"));
+    assert_eq!(said[..64], sha256(&small));
+    g.send("poweroff -f\n");
+    assert_eq!(g.wait().code(), Some(0));
 }

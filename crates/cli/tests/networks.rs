@@ -312,6 +312,15 @@ fn an_intel_card_and_a_bridge_that_goes_with_its_last_guest() {
     g.shell("nc 10.79.0.1 8081 </tmp/b");
     let said = sink.wait_with_output().expect("its sum");
     assert!(String::from_utf8_lossy(&said.stdout).contains(&sum));
+    // The driver's other ways of interrupts: by line, and one message.
+    for (mode, kind) in [(0, "IO-APIC"), (1, "MSI")] {
+        g.shell(&format!("ip link set eth0 down; rmmod e1000e; insmod /modules/e1000e.ko IntMode={mode}"));
+        g.shell("ip addr add 10.79.0.2/24 dev eth0; ip link set eth0 up; until ping -c 1 -W 2 10.79.0.1 >/dev/null; do :; done");
+        let lines = g.shell("grep eth0 /proc/interrupts");
+        assert!(lines.lines().count() == 1 && lines.contains(kind), "mode {mode}: {lines}");
+        let got = g.shell("wget -q -O - http://10.79.0.1:8080/blob | md5sum | cut -d' ' -f1");
+        assert_eq!(got, sum, "mode {mode}");
+    }
     // The cable out and in again.
     g.send("\x01l");
     until("no link", || g.shell("cat /sys/class/net/eth0/carrier") == "0");
@@ -323,52 +332,196 @@ fn an_intel_card_and_a_bridge_that_goes_with_its_last_guest() {
     assert_eq!(host.ip("-o -br link"), before);
 }
 
+/// The cables between a guest of QEMU's and one of Ringfort's, in QEMU's words and in ours: streams over a unix socket and TCP, datagrams
+/// over UDP and unix sockets.
+fn cables(dir: &Path) -> [(String, String); 4] {
+    let at = |name: &str| dir.join(name).display().to_string();
+    let (unix, ours, theirs) = (at("stream"), at("ours"), at("theirs"));
+    let [tcp, a, b] = [(); 3].map(|()| {
+        let s = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
+        s.local_addr().expect("its address").port()
+    });
+    [
+        (
+            format!("stream,id=n0,server=on,addr.type=unix,addr.path={unix}"),
+            format!("stream,addr=unix:{unix},reconnect=1"),
+        ),
+        (
+            format!("stream,id=n1,server=on,addr.type=inet,addr.host=127.0.0.1,addr.port={tcp}"),
+            format!("stream,addr=tcp:127.0.0.1:{tcp},reconnect=1"),
+        ),
+        (
+            format!(
+                "dgram,id=n2,local.type=inet,local.host=127.0.0.1,local.port={a},remote.type=inet,remote.host=127.0.0.1,remote.port={b}"
+            ),
+            format!("dgram,local=udp:127.0.0.1:{b},remote=udp:127.0.0.1:{a}"),
+        ),
+        (
+            format!("dgram,id=n3,local.type=unix,local.path={theirs},remote.type=unix,remote.path={ours}"),
+            format!("dgram,local=unix:{ours},remote=unix:{theirs}"),
+        ),
+    ]
+}
+
 #[test]
-fn a_guest_of_qemu_and_one_of_ringfort_on_one_cable() {
+fn a_guest_of_qemu_and_one_of_ringfort_on_cables_of_every_kind() {
     let _turn = one_at_a_time();
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         eprintln!("skipped: no qemu-system-x86_64 (package qemu-system-x86)");
         return;
     }
     let scratch = Scratch::new("cable");
-    let socket = scratch.0.join("cable.sock");
     let guest = test_guest();
-    let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args([
-        "-accel",
-        "tcg",
-        "-m",
-        "256M",
-        "-nodefaults",
-        "-no-user-config",
-        "-nographic",
-        "-serial",
-        "stdio",
-    ]);
-    qemu.args(["-kernel", text(&guest.kernel), "-initrd", text(&guest.initrd), "-append", &guest.cmdline]);
-    qemu.args(["-netdev", &format!("stream,id=n,server=on,addr.type=unix,addr.path={}", text(&socket))]);
-    qemu.args(["-device", "virtio-net-pci,netdev=n"]);
-    let mut q = Guest::start(qemu);
-    let cmdline = guest.cmdline.clone();
-    let card = format!("stream,addr=unix:{},reconnect=1", text(&socket));
-    let mut args = vec!["run", "--accel", "soft", "--memory", "256M", "--cmdline", &cmdline];
-    args.extend(["--kernel", text(&guest.kernel), "--initrd", text(&guest.initrd), "--net", &card]);
+    let cables = cables(&scratch.0);
+    let start_qemu = || {
+        let mut qemu = Command::new("qemu-system-x86_64");
+        qemu.args([
+            "-accel",
+            "tcg",
+            "-m",
+            "256M",
+            "-nodefaults",
+            "-no-user-config",
+            "-nographic",
+            "-serial",
+            "stdio",
+        ]);
+        qemu.args(["-kernel", text(&guest.kernel), "-initrd", text(&guest.initrd), "-append"]);
+        // Its timer's interrupts may come late on a busy host.
+        qemu.arg(format!("{} no_timer_check", guest.cmdline));
+        for (n, (theirs, _)) in cables.iter().enumerate() {
+            qemu.args(["-netdev", theirs, "-device", &format!("virtio-net-pci,netdev=n{n}")]);
+        }
+        Guest::start(qemu)
+    };
+    let mut q = start_qemu();
+    let mut args = vec!["run", "--accel", "soft", "--memory", "256M", "--cmdline", &guest.cmdline];
+    args.extend(["--kernel", text(&guest.kernel), "--initrd", text(&guest.initrd)]);
+    cables.iter().for_each(|(_, ours)| args.extend(["--net", ours]));
     let mut r = Guest::start(ringfort(&args));
     r.expect(TEST_PROMPT);
     q.expect(TEST_PROMPT);
-    r.shell("ip addr add 10.80.0.1/24 dev eth0; ip link set eth0 up");
-    q.shell("ip addr add 10.80.0.2/24 dev eth0; ip link set eth0 up");
-    assert!(pings(&mut r, "10.80.0.2") && pings(&mut q, "10.80.0.1"));
-    // Some megabytes, with their sum.
-    q.shell("dd if=/dev/urandom of=/tmp/b bs=64k count=32 2>/dev/null");
-    let sum = q.shell("md5sum </tmp/b | cut -d' ' -f1");
-    q.shell("httpd -p 5000 -h /tmp");
-    let got = r.shell("wget -q -O /tmp/b http://10.80.0.2:5000/b && md5sum </tmp/b | cut -d' ' -f1");
-    assert_eq!(got, sum);
+    let up = |g: &mut Guest, host: u8| {
+        for n in 0..4 {
+            g.shell(&format!("ip addr add 10.8{n}.0.{host}/24 dev eth{n}; ip link set eth{n} up"));
+        }
+        // Something to fetch, of the same content each time.
+        g.shell("awk 'BEGIN { for (i = 0; i < 200000; i++) print i * 7919 }' >/tmp/b; httpd -p 5000 -h /tmp");
+    };
+    up(&mut r, 1);
+    up(&mut q, 2);
+    let sum = r.shell("md5sum </tmp/b | cut -d' ' -f1");
+    let exchange = |r: &mut Guest, q: &mut Guest, cables: std::ops::Range<usize>| {
+        for n in cables {
+            // A connection that was lost is made again within some seconds.
+            r.shell(&format!("until ping -c 1 -W 2 10.8{n}.0.2 >/dev/null; do sleep 0.2; done"));
+            for (g, from) in [(&mut *r, 2), (&mut *q, 1)] {
+                let got =
+                    g.shell(&format!("wget -q -O - http://10.8{n}.0.{from}:5000/b | md5sum | cut -d' ' -f1"));
+                assert_eq!(got, sum, "cable {n}");
+            }
+        }
+    };
+    exchange(&mut r, &mut q, 0..4);
+    // The other side goes away: links of streams are down until there is one again.
+    drop(q);
+    r.shell("until grep -q 0 /sys/class/net/eth0/carrier && grep -q 0 /sys/class/net/eth1/carrier; do sleep 0.1; done");
+    for (name, socket) in [("stream", true), ("theirs", true), ("ours", false)] {
+        // QEMU that is killed leaves its sockets; it wants them away.
+        if socket {
+            let _ = std::fs::remove_file(scratch.0.join(name));
+        }
+    }
+    let mut q = start_qemu();
+    q.expect(TEST_PROMPT);
+    up(&mut q, 2);
+    exchange(&mut r, &mut q, 0..4);
     for mut g in [r, q] {
         g.send("poweroff -f\n");
         g.wait();
     }
+    assert!(!scratch.0.join("ours").exists(), "its socket is left behind");
+}
+
+#[test]
+fn a_tap_by_descriptor_a_network_by_name_and_what_a_killed_guest_leaves() {
+    let _turn = one_at_a_time();
+    let Some(host) = NetNs::new("kinds") else { return };
+    let scratch = Scratch::new("kinds");
+    let before = host.ip("-o -br link");
+    let state = text(&scratch.0).to_owned();
+    let net = |words: &str| host.run(&format!("{RINGFORT} net --state-dir {state} {words}"));
+    // A network's name is all that a guest has to know.
+    let at = format!("network=lab,state-dir={state}");
+    let guest = test_guest();
+    let run = |card: &str| {
+        format!("{RINGFORT} run --accel soft --memory 64M --kernel {} --net {card}", text(&guest.kernel))
+    };
+    assert!(host.fails(&run(&at)).contains("there is no network 'lab'"));
+    net(
+        "define lab --ipv4 10.91.0.0/24 --ipv6 fd00:91::/64 --domain lab.test --service builtin --host 52:54:00:00:00:0c,10.91.0.77,twelve",
+    );
+    assert!(host.fails(&run(&at)).contains("network lab is not up; `ringfort net start lab`"));
+    net("start lab");
+    // The second card is on a tap that somebody else opened, and passes on as a descriptor.
+    let opener = "import fcntl,os,struct,sys\nf=os.open('/dev/net/tun',os.O_RDWR)\n\
+        fcntl.ioctl(f,0x400454ca,struct.pack('16sH22x',b'rfgiven',0x5002))\nos.dup2(f,9)\nos.dup2(1,2)\nos.set_inheritable(9,True)\nos.execv(sys.argv[1],sys.argv[1:])";
+    let stats = scratch.0.join("stats");
+    let mut c = host.command("python3");
+    c.args([
+        "-c",
+        opener,
+        RINGFORT,
+        "run",
+        "--accel",
+        "soft",
+        "--memory",
+        "256M",
+        "--cmdline",
+        &guest.cmdline,
+    ]);
+    c.args(["--kernel", text(&guest.kernel), "--initrd", text(&guest.initrd), "--stats", text(&stats)]);
+    c.args(["--net", &format!("{at},mac=52:54:00:00:00:0c,queues=2"), "--net", "tap,fd=9", "--cpus", "2"]);
+    let mut g = Guest::start(c);
+    g.expect(TEST_PROMPT);
+    assert_eq!(dhcp(&mut g), "10.91.0.77");
+    assert!(pings(&mut g, "10.91.0.1"));
+    // Names by UDP and TCP.
+    assert!(g.shell("nslookup twelve.lab.test 10.91.0.1").contains("10.91.0.77"));
+    let query = r"\000\041\000\001\001\000\000\001\000\000\000\000\000\000\006twelve\003lab\004test\000\000\001\000\001";
+    let answer = g
+        .shell(&format!("printf '{query}' | nc -w 9 10.91.0.1 53 | tail -c 4 | hexdump -v -e '1/1 \"%d.\"'"));
+    assert_eq!(answer, "10.91.0.77.");
+    host.ip("addr add 10.92.0.1/24 dev rfgiven");
+    host.ip("link set rfgiven up");
+    g.shell("ip addr add 10.92.0.2/24 dev eth1; ip link set eth1 up");
+    assert!(pings(&mut g, "10.92.0.1"));
+    // What the cards have counted is there while it runs (on standard error, which is the same here), and at the end.
+    g.send("\x01n");
+    let shown = g.expect("net1_tap_tx_dropped");
+    assert!(shown.contains("net0_queue1_tx_frames ") && shown.contains("net1_queue0_rx_frames "), "{shown}");
+    g.send("\npoweroff -f\n");
+    assert!(g.wait().success());
+    let counted: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&stats).expect("statistics")).expect("JSON");
+    let frames = |name: &str| counted[name].as_u64().unwrap_or_else(|| panic!("no {name}: {counted}"));
+    assert!(frames("net0_queue0_rx_frames") + frames("net0_queue1_rx_frames") > 3);
+    assert!(frames("net1_queue0_tx_frames") > 1 && frames("net1_queue0_tx_bytes") > 100);
+    net("stop lab");
+    assert_eq!(host.ip("-o -br link"), before);
+
+    // Two on a bridge that is made for them; both are killed.
+    let [mut a, mut b] = [(); 2].map(|()| host.guest(&["--net", "bridge=rfkill"]));
+    a.expect(TEST_PROMPT);
+    b.expect(TEST_PROMPT);
+    drop(a);
+    assert_eq!(net("recover"), "", "one is on it still");
+    assert!(host.ip("-o -br link").contains("rfkill"));
+    drop(b);
+    let told = host.output(&format!("{RINGFORT} net --state-dir {state} list"));
+    assert!(String::from_utf8_lossy(&told.stderr).contains("bridge rfkill: its last guest was killed"));
+    assert_eq!(net("recover"), "bridge rfkill\n");
+    assert_eq!(host.ip("-o -br link"), before);
 }
 
 #[test]

@@ -195,6 +195,11 @@ fn answer(query: &[u8]) -> Option<Vec<u8>> {
     Some(m)
 }
 
+/// A UDP port of the host's that is free at the moment.
+pub fn free_udp_port() -> u16 {
+    UdpSocket::bind("127.0.0.1:0").and_then(|s| s.local_addr()).expect("a port").port()
+}
+
 /// A port of the host's that is free at the moment.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
