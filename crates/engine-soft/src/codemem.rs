@@ -50,6 +50,16 @@ impl CodeMemory {
         self.executable as usize + offset
     }
 
+    /// Copy what lies at `offset`; false if that is outside.
+    pub fn read(&self, offset: usize, out: &mut [u8]) -> bool {
+        let inside = offset <= self.size && out.len() <= self.size - offset;
+        if inside {
+            // SAFETY: the range lies inside the mapping; only the owner, who is here, writes to it.
+            unsafe { std::ptr::copy_nonoverlapping(self.writable.add(offset), out.as_mut_ptr(), out.len()) };
+        }
+        inside
+    }
+
     /// Write `bytes` at `offset`. The caller makes sure that nobody executes what is overwritten.
     ///
     /// # Panics

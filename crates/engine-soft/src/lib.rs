@@ -9,6 +9,7 @@
 //! - [`native`]: SIMD and x87 instructions, executed by the host's own CPU on the guest's register values.
 //! - [`cache`]: blocks of decoded ops by guest physical address, and how writes to code invalidate them.
 //! - [`translate`]: hot 64-bit blocks as host code.
+//! - `crash`: what a fatal signal in all this leaves behind.
 //! - [`perf_map`]: where translations lie, for Linux perf.
 //! - [`apic`]: the local APIC and its timer.
 //! - [`vcpu`]: the run loop, and the engine seam's `Hypervisor`, `Vm` and `Vcpu`.
@@ -20,6 +21,7 @@ pub mod cache;
 mod codemem;
 pub mod cpu;
 pub mod cpuid;
+mod crash;
 pub mod decode;
 mod hash;
 pub mod interp;

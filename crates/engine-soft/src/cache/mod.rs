@@ -40,6 +40,19 @@ impl Stamp {
     }
 }
 
+/// The extent of a block's translation.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Place {
+    /// Bytes from [`Block::code`] on.
+    pub size: u32,
+    /// Offset in code memory of the part that seldom executes; the instructions' marks follow it.
+    pub seldom: u32,
+    /// Its bytes.
+    pub seldom_size: u32,
+    /// How many marks there are.
+    pub marks: u32,
+}
+
 /// A run of decoded instructions.
 pub struct Block {
     /// The ops; never empty.
@@ -50,6 +63,8 @@ pub struct Block {
     pub gpa: u64,
     /// Address of its translation; 0 while it has none.
     pub code: Cell<usize>,
+    /// Where the rest of that lies.
+    pub place: Cell<Place>,
     /// Times that the interpreter executed it.
     pub heat: Cell<u32>,
     /// Its translation holds only while more than its page is as it was: it says so itself, and is made anew then.
@@ -72,6 +87,7 @@ impl Block {
             bytes,
             gpa,
             code: Cell::new(0),
+            place: Cell::default(),
             heat: Cell::new(0),
             guarded: Cell::new(false),
             stamp,
@@ -151,6 +167,11 @@ impl Default for BlockCache {
 }
 
 impl BlockCache {
+    /// The blocks that have a translation.
+    pub fn translated(&self) -> impl Iterator<Item = &Block> {
+        self.blocks.values().chain(&self.replaced).map(|b| &**b).filter(|b| b.code.get() != 0)
+    }
+
     /// Forget the blocks' translations.
     pub fn forget_code(&mut self) {
         for b in self.blocks.values().chain(&self.replaced) {

@@ -31,6 +31,8 @@ pub struct Code {
     pub bytes: Vec<u8>,
     /// Where the second part begins, and how much farther off it will lie than here.
     split: Option<(usize, i64)>,
+    /// Where each guest instruction's code begins in the first part.
+    pub marks: Vec<u16>,
 }
 
 /// The place of a 32-bit distance to be filled in.

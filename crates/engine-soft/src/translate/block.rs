@@ -11,7 +11,7 @@ use super::replay::{At, Producer};
 use super::stubs::{LIVE, PINNED, RIP_AT, live, reg_at};
 use super::uses::{Registers, registers, vector_needs, wanted_after};
 use super::{Link, Stubs, Translator};
-use crate::cache::Block;
+use crate::cache::{Block, Place};
 use crate::cpu::{CodeSize, Cpu, ZERO};
 use crate::decode::{self, Fetched, Op, op_flags};
 use crate::native;
@@ -231,7 +231,19 @@ impl Translator {
         self.memory.write(start, hot);
         self.used = (start + hot.len()).next_multiple_of(16);
         self.memory.write(self.cold_used, cold);
+        let place = Place {
+            size: hot.len() as u32,
+            seldom: self.cold_used as u32,
+            seldom_size: cold.len() as u32,
+            marks: code.marks.len() as u32,
+        };
         self.cold_used += cold.len();
+        // For reports of faults only, so where it is in nobody's way.
+        for mark in &code.marks {
+            self.memory.write(self.cold_used, &mark.to_le_bytes());
+            self.cold_used += size_of::<u16>();
+        }
+        b.place.set(place);
         self.blocks += 1;
         b.code.set(self.memory.address(start));
         crate::perf_map::note(self.memory.address(start), hot.len(), || {
@@ -368,6 +380,7 @@ impl Emit<'_> {
         for (n, (i, op)) in instructions.iter().zip(ops).enumerate() {
             self.n = n;
             self.here = op.off.into();
+            self.c.marks.push(self.c.at() as u16);
             if let Some(g) = groups.next_if(|g| g.first == n) {
                 self.spare_flags();
                 let lost = self.lost();

@@ -46,6 +46,7 @@ pub fn open(tier: Tier) -> Result<SoftHypervisor, EngineError> {
                     .into(),
         });
     }
+    crate::crash::install();
     let clock = HostClock::get();
     let capabilities = Capabilities {
         max_vcpus: MAX_VCPUS,
@@ -272,6 +273,7 @@ impl Vcpu for SoftVcpu {
         let ended = {
             let awake = Awake::new(self);
             let cpu = &mut awake.0.cpu;
+            let _executing = crate::crash::Executing::new(&raw const **cpu);
             // After a panic the state is only good for a report; `failed` keeps it from running again.
             catch_unwind(AssertUnwindSafe(|| cpu.run_loop()))
         };
