@@ -187,13 +187,14 @@ fn report(t: &mut Text, signal: &str, info: &libc::siginfo_t, context: &libc::uc
     // SAFETY: `Executing` says that the vCPU is there. The thread is stopped somewhere: plain words are read as they happen to be.
     let (rip, cs, cpl, cr3, current, id) = unsafe {
         let c = &raw const *cpu;
+        let me = &(*c).env.me;
         (
             (&raw const (*c).regs[RIP as usize]).read_volatile(),
             (&raw const (*c).seg[1].selector).read_volatile(),
             (&raw const (*c).cpl).read_volatile(),
             (&raw const (*c).cr3).read_volatile(),
             (&raw const (*c).current).read_volatile(),
-            (&(*c).env.me).apic_id,
+            me.apic_id,
         )
     };
     // SAFETY: the translator is made before the vCPU runs and stays.

@@ -496,10 +496,15 @@ impl Cpu {
 
     /// Declare that code of `page` is being decoded, before its bytes are read.
     fn begin_code(&mut self, tracker: &PageTracker, page: u64, gpa: u64) -> Stamp {
+        self.env.vm.code_sync.begin();
         let (generation, stores_unseen) = tracker.begin_code(page);
         if stores_unseen {
-            self.mmu.drop_writes_to(gpa & !0xfff);
             self.env.vm.code_sync.announce(&self.env, gpa & !0xfff);
+        }
+        self.env.vm.code_sync.end();
+        // Another vCPU may have found code here first, and its post to this one be under way.
+        if stores_unseen || !self.env.vm.code_sync.settled() {
+            self.mmu.drop_writes_to(gpa & !0xfff);
         }
         Stamp { word: tracker.word(page), value: generation | PageTracker::CODE_BIT }
     }

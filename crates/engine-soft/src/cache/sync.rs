@@ -15,12 +15,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Posts of one VM.
 #[derive(Debug, Default)]
 pub struct CodeSync {
+    /// Posts not acted on, and vCPUs that may be about to make some.
     outstanding: AtomicU64,
     /// Moves with every announcement.
     epoch: AtomicU64,
 }
 
 impl CodeSync {
+    /// A page is about to be declared one with code. Until [`CodeSync::end`] nobody takes it for granted that all posts are made.
+    pub fn begin(&self) {
+        self.outstanding.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The page's posts, if it takes any, are made.
+    pub fn end(&self) {
+        self.outstanding.fetch_sub(1, Ordering::SeqCst);
+    }
+
     /// Post `gpa` (a page address) to all vCPUs but the caller's.
     pub fn announce(&self, env: &Env, gpa: u64) {
         self.epoch.fetch_add(1, Ordering::SeqCst);
@@ -39,7 +50,7 @@ impl CodeSync {
         self.epoch.load(Ordering::SeqCst)
     }
 
-    /// Whether every post has been acted on.
+    /// Whether every post has been made and acted on.
     pub fn settled(&self) -> bool {
         self.outstanding.load(Ordering::SeqCst) == 0
     }

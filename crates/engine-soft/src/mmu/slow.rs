@@ -2,11 +2,12 @@
 
 use super::tlb::{Mapping, NO_PAGE, mode};
 use super::walk::{Access, Translation};
-use crate::cpu::{Cpu, Int, Trap};
+use crate::cpu::{Cpu, Int, RIP, Trap};
 use ringfort_memory::PAGE_SHIFT;
 use ringfort_x86::Vector;
 use ringfort_x86::cr::*;
 use ringfort_x86::flags::AC;
+use ringfort_x86::segment::CS;
 use std::sync::{Mutex, PoisonError};
 
 /// Where one piece (within a page) of an access goes.
@@ -48,6 +49,11 @@ impl Cpu {
         let page = offset >> PAGE_SHIFT;
         let log_first_write = slot.tracker.logging() && access != Access::Write;
         let write = t.write && !log_first_write && slot.tracker.allow_fast_writes(page);
+        // What runs from a page without code is out of date: another vCPU or a device has written there. From here on this vCPU's own
+        // stores go unseen, and those have to count at once.
+        if write && self.runs_from(t.gpa) {
+            self.stop_block();
+        }
         if self.mmu.watched[0] == NO_PAGE || !self.mmu.watched.contains(&(lin & !0xfff)) {
             let Translation { gpa, fetch, large, global, .. } = t;
             self.mmu.insert(m, lin, &Mapping { gpa, host, write, fetch, large, global });
@@ -111,9 +117,18 @@ impl Cpu {
 
     /// A store went to the RAM page of `gpa` by the slow path: log it, and if the page held code, end the current block.
     fn wrote(&mut self, gpa: u64) {
-        if self.mmu.ram.note_write(gpa) {
+        // That it no longer does may be somebody else's doing, since the block was entered.
+        if self.mmu.ram.note_write(gpa) || self.runs_from(gpa) {
             self.stop_block();
         }
+    }
+
+    /// Whether the code that runs lies in the page of `gpa`.
+    fn runs_from(&self, gpa: u64) -> bool {
+        let rip = self.regs[usize::from(RIP)];
+        let lin = if self.code64() { rip } else { self.seg[CS].base.wrapping_add(rip) & 0xffff_ffff };
+        let code = self.mmu.fetch_hit(lin).map(|f| f.gpa).or_else(|| self.translate_debug(lin));
+        code.is_some_and(|code| code >> PAGE_SHIFT == gpa >> PAGE_SHIFT)
     }
 
     fn mmio_read(&mut self, gpa: u64, out: &mut [u8]) {

@@ -326,6 +326,15 @@ fn code_that_another_processor_writes_is_seen() {
 }
 
 #[test]
+fn code_that_changes_itself_in_a_page_that_two_processors_change() {
+    for _ in 0..repeats() {
+        let r = Running::start(&guests::self_modify(), 2, 20_000);
+        assert_eq!(r.report(), 0, "stale code was executed");
+        r.end();
+    }
+}
+
+#[test]
 fn messages_and_the_8259_interrupt_a_halted_guest() {
     let r = Running::start(&guests::wait_for_interrupts(), 1, 0);
     assert_eq!(r.report(), 0);

@@ -1,12 +1,14 @@
 //! Code that changes: by its own stores, through aliases, by other mappings; and what must interrupt code that is already translated.
 
 use crate::support::{End, Guest, HANDLERS};
-use iced_x86::code_asm::*;
-use ringfort_engine::VcpuExit;
+use iced_x86::{IcedError, code_asm::*};
+use ringfort_engine::{MachineBus, VcpuExit};
 use ringfort_engine_soft::cpu::gpr;
 use ringfort_engine_soft::testing::{TestMode, host_cpuid, layout};
 use ringfort_engine_soft::vcpu::request;
+use ringfort_memory::{Bytes, GuestAddress, GuestMemory};
 use ringfort_x86::cr::DR6_BS;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// A linear address beyond RAM, free to map.
@@ -64,6 +66,62 @@ fn a_store_into_a_linked_block_counts_at_once() {
     let want: u64 = (1..=50).map(|n| n * 4 * 4).sum();
     // What is patched at 4n holds for 4n, 4n-1, 4n-2 and 4n-3.
     assert_eq!(g.reg(gpr::RBX), want);
+}
+
+/// A device that writes to the page of the code that reads its register, as another vCPU may at any time.
+struct Meddler(GuestMemory);
+
+impl MachineBus for Meddler {
+    fn pio_read(&self, _: u16, _: &mut [u8]) {}
+    fn pio_write(&self, _: u16, _: &[u8]) {}
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        self.0.write_slice(&[0xf4], GuestAddress(layout::CODE + 0xf00)).unwrap();
+        data.fill(0);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn extint_vector(&self) -> u8 {
+        0
+    }
+    fn ioapic_eoi(&self, _: u8) {}
+}
+
+/// Somebody else has written to the page just before, so it is no longer known as one with code when its own code stores to it.
+#[test]
+fn a_store_into_its_own_page_counts_after_somebody_elses() {
+    type Store = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let stores: [Store; 4] = [
+        |a| a.mov(byte_ptr(rsi + 1), cl),
+        // A load may be what makes the page one that can be stored to unseen.
+        |a| a.mov(r8, ptr(rsi)).and_then(|()| a.mov(byte_ptr(rsi + 1), cl)),
+        |a| a.mov(eax, ecx).and_then(|()| a.lock().xchg(byte_ptr(rsi + 1), al)),
+        |a| {
+            a.lea(rdi, ptr(rsi + 1))?;
+            a.mov(eax, ecx)?;
+            a.stosb()
+        },
+    ];
+    for (n, store) in stores.into_iter().enumerate() {
+        let mut g = guest();
+        g.cpu().env.bus = Arc::new(Meddler(g.m.memory.clone()));
+        g.m.map(LIN, 0xd000_0000, 3);
+        g.halts(|a| {
+            let (mut top, mut patch) = (a.create_label(), a.create_label());
+            a.mov(ecx, 50).unwrap();
+            a.xor(ebx, ebx).unwrap();
+            a.lea(rsi, ptr(patch)).unwrap();
+            a.mov(r9d, LIN as u32).unwrap();
+            a.set_label(&mut top).unwrap();
+            a.mov(eax, ptr(r9)).unwrap();
+            store(a).unwrap();
+            a.set_label(&mut patch).unwrap();
+            a.mov(edx, 0).unwrap();
+            a.add(ebx, edx).unwrap();
+            a.dec(ecx).unwrap();
+            a.jnz(top).unwrap();
+            a.hlt().unwrap();
+        });
+        assert_eq!(g.reg(gpr::RBX), 50 * 51 / 2, "store {n}");
+    }
 }
 
 /// Flags that only the replaced instruction would have overwritten are still there.

@@ -13,7 +13,7 @@ pub struct Program {
 }
 
 macro_rules! program {
-    ($name:ident, $start:ident, $end:ident, [$($vector:literal => $handler:ident),*], $($line:literal),+ $(,)?) => {
+    ($name:ident, $start:ident, $end:ident, [$($vector:literal => $handler:ident),*], $($line:expr),+ $(,)?) => {
         global_asm!(
             ".pushsection .rodata",
             concat!(".global ", stringify!($start)),
@@ -278,6 +278,44 @@ program!(
     "6: mov [rbx + 64], r14",
     "inc r14d",
     "jmp 5b",
+);
+
+// Both CPUs execute the same page and each changes the instruction that it is about to execute. [rbx + 16]: mismatches, [rbx]: done.
+macro_rules! patches_itself {
+    () => {
+        concat!(
+            "mov ecx, [rbx + 0x808];",
+            "lea rsi, [rip + 4f + 1];",
+            "2: mov [rsi], ecx;",
+            // What is read makes the page one that may be stored to, if it is not known as code.
+            "mov r8d, [rsi];",
+            "4: mov eax, 0x11111111;",
+            "cmp eax, ecx;",
+            "je 5f;",
+            "lock inc qword ptr [rbx + 16];",
+            "5: dec ecx;",
+            "jnz 2b;",
+            "lock inc qword ptr [rbx];"
+        )
+    };
+}
+
+program!(
+    self_modify,
+    guest_self_modify,
+    guest_self_modify_end,
+    [],
+    "test edi, edi",
+    "jnz 6f",
+    patches_itself!(),
+    "7: pause",
+    "cmp dword ptr [rbx], 2",
+    "jne 7b",
+    "mov eax, [rbx + 16]",
+    "out 0xf4, eax",
+    "jmp 888f",
+    "6:",
+    patches_itself!(),
 );
 
 // Reports the vector times 0x10000 plus a running number.
