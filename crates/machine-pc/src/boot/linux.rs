@@ -55,8 +55,10 @@ pub(super) fn load(
     if size == 0 {
         return Err(BootError::Header("bzImage has no protected-mode kernel".into()));
     }
-    // syssize counts 16-byte units. A signature may follow the kernel, so the file may be longer, not shorter.
-    image.require("Linux kernel", body, u64::from(u32_at(&h, 0x1f4)).saturating_mul(16).min(1 << 32))?;
+    // syssize counts 16-byte units, the last of which a file need not fill (memtest86+'s does not). A signature may follow the kernel, so it
+    // may be longer.
+    let least = u64::from(u32_at(&h, 0x1f4)).saturating_mul(16).saturating_sub(15).min(1 << 32);
+    image.require("Linux kernel", body, least)?;
 
     let long = version >= 0x020c && u16_at(&h, 0x236) & XLF_KERNEL_64 != 0;
     let (base, need) = place_kernel(&h, version, size, boot)?;
