@@ -24,6 +24,8 @@ const MAX_OPS: usize = 48;
 const JUMPS: usize = 32768;
 /// Ops held before the cache is emptied.
 const CAPACITY: usize = 1_000_000;
+/// Most blocks that are freed at once: so that emptying a full cache does not keep the guest waiting, they go a few with each that comes.
+const FREED_AT_ONCE: usize = 16;
 
 /// The state of one page's code when a block was decoded from it.
 #[derive(Clone, Copy)]
@@ -140,7 +142,12 @@ pub struct BlockCache {
     /// Blocks that others have taken the place of; kept until the cache is emptied.
     #[allow(clippy::vec_box, reason = "as for `blocks`")]
     replaced: Vec<Box<Block>>,
-    /// Ops in all of these.
+    /// Blocks of before the cache was emptied, which nothing leads to any more, on their way out.
+    leaving: Vec<std::collections::hash_map::IntoValues<u64, Box<Block>>>,
+    /// The same of `replaced`.
+    #[allow(clippy::vec_box, reason = "as for `blocks`: moving pointers is quicker than moving blocks")]
+    leaving_replaced: Vec<Box<Block>>,
+    /// Ops in `blocks` and `replaced`.
     ops: usize,
     /// Blocks decoded so far.
     pub decoded: u64,
@@ -159,6 +166,8 @@ impl Default for BlockCache {
             jumps: Box::new([NO_JUMP; JUMPS]),
             transient: None,
             replaced: Vec::new(),
+            leaving: Vec::new(),
+            leaving_replaced: Vec::new(),
             ops: 0,
             decoded: 0,
             context: 0,
@@ -172,20 +181,28 @@ impl BlockCache {
         self.blocks.values().chain(&self.replaced).map(|b| &**b).filter(|b| b.code.get() != 0)
     }
 
-    /// Forget the blocks' translations.
-    pub fn forget_code(&mut self) {
-        for b in self.blocks.values().chain(&self.replaced) {
-            b.code.set(0);
-            b.heat.set(0);
-        }
+    /// Nothing is found any more. Translations must go as well. What was there is freed bit by bit ([`BlockCache::free_some`]), and stays
+    /// valid until another block is decoded.
+    pub fn clear(&mut self) {
+        let room = self.blocks.len();
+        let fresh = HashMap::with_capacity_and_hasher(room, BuildKeyHasher::default());
+        self.leaving.push(std::mem::replace(&mut self.blocks, fresh).into_values());
+        self.leaving_replaced.append(&mut self.replaced);
+        self.jumps.fill(NO_JUMP);
+        self.ops = 0;
     }
 
-    /// Drop everything. Translations must go as well.
-    fn clear(&mut self) {
-        self.blocks.clear();
-        self.jumps.fill(NO_JUMP);
-        self.replaced.clear();
-        self.ops = 0;
+    /// Free a few blocks of before the cache was emptied.
+    fn free_some(&mut self) {
+        for _ in 0..FREED_AT_ONCE {
+            if self.leaving_replaced.pop().is_some() {
+                continue;
+            }
+            let Some(last) = self.leaving.last_mut() else { return };
+            if last.next().is_none() {
+                self.leaving.pop();
+            }
+        }
     }
 }
 
@@ -476,13 +493,13 @@ impl Cpu {
 
     fn keep(&mut self, gpa: u64, block: Block, transient: bool) -> *const Block {
         self.cache.decoded += 1;
+        self.cache.free_some();
         let block = Box::new(block);
         let at: *const Block = &raw const *block;
         if transient {
             self.cache.transient = Some(block);
         } else {
             if self.cache.ops > CAPACITY {
-                self.cache.clear();
                 self.drop_translations();
             }
             self.cache.ops += block.ops.len();
@@ -530,4 +547,42 @@ impl Cpu {
 fn unsafe_len(block: *const Block) -> u16 {
     // SAFETY: called only with a block that the cache holds.
     unsafe { (*block).bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_cache_is_freed_bit_by_bit() {
+        static WORD: AtomicU32 = AtomicU32::new(0);
+        let block = |gpa| Box::new(Block::new(Box::new([]), 1, gpa, Stamp { word: &WORD, value: 0 }, None));
+        let mut cache = BlockCache::default();
+        for n in 0..1000 {
+            cache.blocks.insert(n, block(n));
+            if n % 4 == 0 {
+                cache.replaced.push(block(n));
+            }
+        }
+        let left = |c: &BlockCache| {
+            c.leaving.iter().map(ExactSizeIterator::len).sum::<usize>() + c.leaving_replaced.len()
+        };
+        cache.clear();
+        assert_eq!((cache.blocks.len(), left(&cache)), (0, 1250));
+        // Emptied again before all have left.
+        cache.free_some();
+        assert_eq!(left(&cache), 1250 - FREED_AT_ONCE);
+        cache.blocks.insert(1, block(1));
+        cache.clear();
+        let mut steps = 0;
+        while left(&cache) > 0 {
+            let before = left(&cache);
+            cache.free_some();
+            assert!(before - left(&cache) <= FREED_AT_ONCE);
+            steps += 1;
+        }
+        assert!(steps >= 1234 / FREED_AT_ONCE && steps < 200);
+        cache.free_some();
+        assert!(cache.leaving.is_empty());
+    }
 }

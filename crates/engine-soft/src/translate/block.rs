@@ -162,13 +162,13 @@ impl Cpu {
         true
     }
 
-    /// Drop all translations: code memory is full, or the blocks are going.
+    /// Drop all translations, and blocks with them: code memory or the cache is full. Blocks stay valid until another is decoded.
     pub(crate) fn drop_translations(&mut self) {
         if let Some(t) = self.translator.as_mut() {
             t.clear();
             t.flushes += 1;
         }
-        self.cache.forget_code();
+        self.cache.clear();
     }
 }
 

@@ -1,6 +1,7 @@
 //! The translator: hot blocks of 64-bit code become host code.
 //!
-//! Guest RAX to R10 live in the same host registers, guest RSP in host R12 and R12 in R11; guest R11, R13, R14 and R15 stay in memory. GS
+//! Guest RAX to RDI live in the same host registers but RSP, which is in host R12; guest R12 to R15, of which compilers make more use than of
+//! R8 to R11, are in host R11, R9, R10 and R8; R8 to R11 stay in memory. GS
 //! points to the [`Cpu`], R15 to the TLB set in force; R13 and R14 are scratch. Guest vector registers and MXCSR live in the host's from the
 //! first instruction that wants them until something else than translated code runs ([`stubs::live`]). Guest flags are host flags while they
 //! last; where host code clobbers them while they are still wanted ([`flags`]) they are made anew, or go to [`Cpu::arith`] ([`replay`]). A

@@ -14,7 +14,7 @@ use std::mem::offset_of;
 
 /// Guest registers that live in host registers: (guest, host).
 pub const PINNED: [(u8, u8); 12] =
-    [(0, 0), (1, 1), (2, 2), (3, 3), (4, SP), (5, 5), (6, 6), (7, 7), (8, 8), (9, 9), (10, 10), (12, 11)];
+    [(0, 0), (1, 1), (2, 2), (3, 3), (4, SP), (5, 5), (6, 6), (7, 7), (12, 11), (13, 9), (14, 10), (15, 8)];
 
 /// Offset of a guest register (or RIP) in the `Cpu`.
 pub const fn reg_at(n: u8) -> i32 {
