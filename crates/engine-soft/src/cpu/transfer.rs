@@ -2,7 +2,7 @@
 
 use super::segmentation::{canonical, selector_error};
 use super::task::TaskCause;
-use super::{Cpu, RIP, Trap, gpr};
+use super::{CodeSize, Cpu, RIP, Trap, gpr};
 use crate::decode::Op;
 use ringfort_x86::Vector;
 use ringfort_x86::cr::*;
@@ -480,7 +480,10 @@ impl Cpu {
         self.seg[CS] = Segment::flat(code | rpl, at_level(FLAT_CODE | width, cpl));
         self.seg[SS] = Segment::flat(stack.wrapping_add(plus) | rpl, at_level(FLAT_DATA, cpl));
         self.cpl = cpl;
-        self.update_decode_mode();
+        // From 64-bit code to 64-bit code nothing changes of how to decode.
+        if !long || self.mode.code != CodeSize::Bits64 {
+            self.update_decode_mode();
+        }
         self.update_mmu_mode();
     }
 

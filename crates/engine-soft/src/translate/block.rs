@@ -537,6 +537,8 @@ impl Emit<'_> {
                 self.c.lea(SP, Some(SP), None, -8);
                 self.slow_path(o.miss, op, lost);
             }
+            How::PushMemory => self.push_memory(op),
+            How::ReadTime => self.read_time(op),
             How::Pop => {
                 let (o, lost) = self.stack(SP, 0, false);
                 match pinned(op.dst / 8) {
@@ -616,6 +618,21 @@ impl Emit<'_> {
         }
         let o = self.operand_at(Address { base: Some(base), index: None, disp }, Wanted::stack(write));
         (o, self.lost())
+    }
+
+    /// PUSH of eight bytes of memory.
+    fn push_memory(&mut self, op: &Op) {
+        self.spare_flags();
+        let lost = self.lost();
+        let from = self.operand(op, Wanted::stack(false));
+        self.c.mem(0x8b, T0, from.at);
+        self.keep(T0);
+        let (to, _) = self.stack(SP, -8, true);
+        self.kept(to.spare);
+        self.c.mem(0x89, to.spare, to.at);
+        self.c.lea(SP, Some(SP), None, -8);
+        self.slow_path(from.miss, op, lost);
+        self.slow_path(to.miss, op, lost);
     }
 
     /// LEA's address into [`T0`]: no segment. Host flags stay.

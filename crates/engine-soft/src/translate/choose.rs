@@ -19,6 +19,8 @@ pub enum How {
     Lea,
     /// A 64-bit register or immediate.
     Push,
+    /// PUSH of 64 bits of memory.
+    PushMemory,
     /// A 64-bit register.
     Pop,
     /// LEAVE.
@@ -47,6 +49,8 @@ pub enum How {
     UserAccess(bool),
     /// PUSHF of 64 bits.
     PushFlags,
+    /// RDTSC.
+    ReadTime,
     /// As [`How::Same`], on vector registers, which live in the host's.
     Vector {
         /// Alignment that its memory operand must have.
@@ -70,6 +74,7 @@ pub fn how(i: &Instruction, op: &Op) -> How {
     match i.code() {
         I::Push_r64 | I::Pushq_imm8 | I::Pushq_imm32 => return How::Push,
         I::Push_rm64 if i.op0_kind() == OpKind::Register => return How::Push,
+        I::Push_rm64 if plain_memory => return How::PushMemory,
         I::Pop_r64 => return How::Pop,
         I::Pop_rm64 if i.op0_kind() == OpKind::Register => return How::Pop,
         I::Leaveq => return How::Leave,
@@ -83,6 +88,7 @@ pub fn how(i: &Instruction, op: &Op) -> How {
         I::Stac => return How::UserAccess(true),
         I::Clac => return How::UserAccess(false),
         I::Pushfq => return How::PushFlags,
+        I::Rdtsc => return How::ReadTime,
         I::Jmp_rm64 if plain_memory => return How::JumpIndirect,
         I::Call_rm64 if plain_memory => return How::CallIndirect,
         I::Lea_r64_m | I::Lea_r32_m if op.flags & (ADDR16 | ADDR32) == 0 => return How::Lea,

@@ -1,6 +1,6 @@
-//! What kernels execute at every entry, exit and lock, without a handler: the interrupt flag, SWAPGS, AC, PUSHF.
+//! What kernels execute at every entry, exit and lock, without a handler: the interrupt flag, SWAPGS, AC, PUSHF; and RDTSC.
 //!
-//! Each looks whether it is at privilege level 0 and nothing special is about, else the handler does it.
+//! Each but the last looks whether it is at privilege level 0 and nothing special is about, else the handler does it.
 
 use super::asm::{SP, T0, T1, TLB};
 use super::block::Emit;
@@ -9,13 +9,17 @@ use super::stubs::{ARITH, REQUESTS, TLB_SET};
 use crate::cpu::Cpu;
 use crate::decode::Op;
 use crate::mmu::{Mmu, mode};
-use ringfort_x86::cr::CR4_SMAP;
+use crate::vcpu::time::HostClock;
+use ringfort_x86::cr::{CR4_SMAP, CR4_TSD};
 use ringfort_x86::flags::{AC, IF, RF, VM};
 use ringfort_x86::segment::{GS, Segment};
 use std::mem::offset_of;
 
 const CPL: i32 = offset_of!(Cpu, cpl) as i32;
 const CR4: i32 = offset_of!(Cpu, cr4) as i32;
+const TSC_OFFSET: i32 = offset_of!(Cpu, tsc_offset) as i32;
+const HOST_TSC: i32 =
+    (offset_of!(Cpu, local) + offset_of!(crate::apic::Local, clock) + HostClock::TSC) as i32;
 const SYS_FLAGS: i32 = offset_of!(Cpu, sys_flags) as i32;
 const HELD: i32 = (offset_of!(Cpu, local) + offset_of!(crate::apic::Local, held)) as i32;
 const GS_BASE: i32 = (offset_of!(Cpu, seg) + GS * size_of::<Segment>() + offset_of!(Segment, base)) as i32;
@@ -98,6 +102,25 @@ impl Emit<'_> {
             _ => {}
         }
         self.slow_path(user, op, lost);
+    }
+
+    /// RDTSC where the guest's counter is the host's and an offset.
+    pub(super) fn read_time(&mut self, op: &Op) {
+        self.spare_flags();
+        let lost = self.lost();
+        self.c.cpu32(&[0xf7], 0, CR4);
+        self.c.raw(&(CR4_TSD as u32).to_le_bytes()); // test dword [cr4], TSD
+        let forbidden = self.c.jcc(5);
+        self.c.cpu32(&[0x80], 7, HOST_TSC);
+        self.c.raw(&[0]); // cmp byte [tsc], 0
+        let other_clock = self.c.jcc(4);
+        // The guest's own LFENCE lies too many host instructions back to say anything about the host's RDTSC.
+        self.c.raw(&[0x0f, 0xae, 0xe8, 0x0f, 0x31]); // lfence; rdtsc
+        self.c.raw(&[0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xc2]); // shl rdx, 32; or rdx, rax
+        self.c.cpu(0x03, 2, TSC_OFFSET); // add rdx, [tsc_offset]
+        self.c.raw(&[0x89, 0xd0, 0x48, 0xc1, 0xea, 0x20]); // mov eax, edx; shr rdx, 32
+        self.slow_path(forbidden, op, lost);
+        self.slow_path(other_clock, op, lost);
     }
 
     /// AND (4) or OR (1) of the flags that are not arithmetic.

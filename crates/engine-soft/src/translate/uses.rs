@@ -65,6 +65,8 @@ pub(super) fn wanted_after(
             hows[n],
             How::Call
                 | How::Push
+                | How::PushMemory
+                | How::ReadTime
                 | How::Pop
                 | How::Leave
                 | How::Divide

@@ -20,6 +20,9 @@ pub struct HostClock {
 }
 
 impl HostClock {
+    /// Offset of the byte that says whether the clock is the host's TSC, for generated code.
+    pub const TSC: usize = std::mem::offset_of!(HostClock, tsc);
+
     /// The clock of this host. Measured at the first call, which may take some 20 ms.
     pub fn get() -> HostClock {
         static CLOCK: OnceLock<HostClock> = OnceLock::new();
