@@ -333,3 +333,64 @@ fn the_alternate_encoding_of_cr8_is_amds() {
         }
     }
 }
+
+#[test]
+fn the_time_stamp_counter_goes_on_and_may_be_forbidden_to_user_code() {
+    let mut g = Guest::new(TestMode::Long64);
+    // The whole of RAX and RDX is written, the flags are not, and later is more.
+    g.halts(|a| {
+        for first in [rsi, rdi] {
+            a.mov(rax, -1i64).unwrap();
+            a.mov(rdx, -1i64).unwrap();
+            a.stc().unwrap();
+            a.rdtsc().unwrap();
+            a.sbb(ecx, ecx).unwrap();
+            a.shl(rdx, 32).unwrap();
+            a.lea(first, qword_ptr(rax + rdx)).unwrap();
+            a.shr(rax, 32).unwrap();
+            a.add(rbx, rax).unwrap();
+        }
+        a.hlt().unwrap();
+    });
+    assert!(g.reg(gpr::RSI) < g.reg(gpr::RDI), "{:#x} {:#x}", g.reg(gpr::RSI), g.reg(gpr::RDI));
+    assert_eq!((g.reg(gpr::RCX), g.reg(gpr::RBX)), (0xffff_ffff, 0));
+    g.cpu().cr4 |= CR4_TSD;
+    g.halts(|a| {
+        a.rdtsc().unwrap();
+        a.hlt().unwrap();
+    });
+    g.tss64(0x9_0000, [0; 3]);
+    g.m.set_user();
+    assert_eq!(g.vector_of(|a| a.rdtsc().unwrap()), 13);
+}
+
+#[test]
+fn a_push_of_memory_reads_before_it_moves_the_stack() {
+    let mut g = Guest::new(TestMode::Long64);
+    g.halts(|a| {
+        a.mov(rax, 0x1122_3344_5566_7788u64).unwrap();
+        a.push(rax).unwrap();
+        a.mov(r11, rsp).unwrap();
+        a.xor(r9d, r9d).unwrap();
+        a.stc().unwrap();
+        a.push(qword_ptr(rsp)).unwrap();
+        a.push(qword_ptr(r11 + r9 * 4)).unwrap();
+        a.sbb(ecx, ecx).unwrap();
+        a.pop(rbx).unwrap();
+        a.pop(rdx).unwrap();
+        a.hlt().unwrap();
+    });
+    let v = 0x1122_3344_5566_7788;
+    assert_eq!((g.reg(gpr::RBX), g.reg(gpr::RDX), g.reg(gpr::RCX)), (v, v, 0xffff_ffff));
+    assert_eq!(g.stack(0), v);
+    // Where the operand cannot be read, nothing has happened.
+    let stack = g.reg(gpr::RSP);
+    assert_eq!(
+        g.vector_of(|a| {
+            a.mov(r15, 0x4000_0000_0000u64).unwrap();
+            a.push(qword_ptr(r15)).unwrap();
+        }),
+        14
+    );
+    assert_eq!(g.stack(4), stack);
+}
