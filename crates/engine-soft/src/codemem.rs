@@ -64,7 +64,7 @@ impl CodeMemory {
         let inside = offset <= self.size && out.len() <= self.size - offset;
         if inside {
             // SAFETY: the range lies inside the mapping; only the owner, who is here, writes to it.
-            unsafe { std::ptr::copy_nonoverlapping(self.writable.add(offset), out.as_mut_ptr(), out.len()) };
+            unsafe { std::ptr::copy_nonoverlapping(self.start.add(offset), out.as_mut_ptr(), out.len()) };
         }
         inside
     }
