@@ -207,7 +207,8 @@ fn a_debian_guest_is_online() {
     assert!(out.expect("curl").stdout == std::fs::read(&large).expect("the file"));
     // By IPv6 to an address of its own, and by UDP.
     if web6.is_some() {
-        g.shell(&format!("ip address add fec0::f/64 dev {card} nodad"));
+        // The address that DHCPv6 gives.
+        until(&mut g, &format!("ip -o address show {card} -tentative | grep -q 'inet6 fec0::f/'"));
         let out = Command::new("curl").args(["-gfsS", &format!("http://[::1]:{http6}/large")]).output();
         assert!(out.expect("curl").stdout == std::fs::read(&large).expect("the file"));
     }
