@@ -14,14 +14,19 @@ fn run(command: &mut Command) -> Result<String, String> {
     Err(format!("{command:?}: {}", String::from_utf8_lossy(&o.stderr).trim()))
 }
 
-/// The tree of the kernel's package, fetched on first use into the cache.
+/// The tree of the kernel's package.
 fn tree() -> Result<PathBuf, String> {
     let depends = run(Command::new("apt-cache").args(["depends", "linux-image-amd64"]))?;
-    let package = depends
+    let name = depends
         .lines()
         .find_map(|l| l.trim().strip_prefix("Depends: ").filter(|p| p.starts_with("linux-image-")))
         .ok_or("linux-image-amd64 depends on no kernel")?
         .to_owned();
+    package(&name)
+}
+
+/// The tree of a Debian package, fetched on first use into the cache.
+pub fn package(package: &str) -> Result<PathBuf, String> {
     let cache = ringfort_guest::cache_dir().map_err(|e| e.to_string())?;
     let dir = cache.join(format!("full-{package}"));
     if dir.is_dir() {
@@ -31,7 +36,7 @@ fn tree() -> Result<PathBuf, String> {
     std::fs::create_dir_all(&scratch).map_err(|e| e.to_string())?;
     // Fetched by whoever runs the test, not by apt's own user, who may not write here.
     let fetched = run(Command::new("apt-get")
-        .args(["-o", "APT::Sandbox::User=root", "download", &package])
+        .args(["-o", "APT::Sandbox::User=root", "download", package])
         .current_dir(&scratch));
     let done = fetched.and_then(|_| {
         let deb = std::fs::read_dir(&scratch)
