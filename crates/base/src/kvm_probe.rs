@@ -120,7 +120,11 @@ fn run(rounds: u64) -> Result<Duration, String> {
     // dec rcx; jnz -5; hlt
     memory.write(CODE, &[0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4]);
 
-    let vm = kvm.create_vm().map_err(say("create a VM"))?;
+    let vm = kvm.create_vm().map_err(|e| match e.errno() {
+        // What the processor's virtualization is switched on for already (Intel SDM 3C section 24.7, AMD APM 2 section 15.4).
+        libc::EBUSY => "the processor's virtualization is in use by another hypervisor".into(),
+        _ => say("create a VM")(e),
+    })?;
     let region = kvm_userspace_memory_region {
         slot: 0,
         flags: 0,

@@ -139,6 +139,49 @@ fn a_kvm_that_cannot_be_used_says_why() {
 }
 
 #[test]
+fn a_kvm_that_is_busy_or_lacks_something_says_so() {
+    if !Path::new("/dev/kvm").exists() {
+        println!("skipped: there is no /dev/kvm");
+        return;
+    }
+    let scratch = Scratch::new("kvm-lacks");
+    let kernel = scratch.file("kernel", &Code::new().power_off().multiboot());
+    let script = scratch.file("refuse.py", include_bytes!("support/refuse.py"));
+    // KVM_CREATE_VM and KVM_CHECK_EXTENSION, and the argument to refuse; all if it is -1.
+    let refusing = |request: &str, argument: &str, errno: libc::c_int, command: &[&str]| {
+        let mut c = Command::new("python3");
+        c.args([text(&script), request, argument, &errno.to_string(), env!("CARGO_BIN_EXE_ringfort")]);
+        c.args(command);
+        c
+    };
+    let (make, ask) = ("0xae01", "0xae03");
+    let (halt_poll, pit) = ("182", "33");
+    for (request, argument, errno, accel, says) in [
+        (make, "-1", libc::EBUSY, "kvm", "in use by another hypervisor; end that one"),
+        (make, "-1", libc::ENOMEM, "kvm", "no memory for another VM"),
+        (ask, "121", 0, "kvm", "lacks KVM_CAP_SPLIT_IRQCHIP (I/O APIC and 8259 outside of the kernel)"),
+        (ask, "77", 0, "kvm", "lacks KVM_CAP_SIGNAL_MSI (message-signalled interrupts)"),
+        (ask, halt_poll, 0, "kvm,halt-poll=0", "lacks KVM_CAP_HALT_POLL; leave halt-poll out"),
+        (ask, pit, 0, "kvm,irqchip=kernel", "lacks KVM_CAP_PIT2 or KVM_CAP_PIT_STATE2; give irqchip=split"),
+    ] {
+        let run = ["run", "--accel", accel, "--kernel", text(&kernel), "--memory", "64M"];
+        let said = refused(&mut refusing(request, argument, errno, &run));
+        assert!(said.contains(says), "{says}: {said}");
+    }
+    let auto = ["run", "--accel", "auto", "--kernel", text(&kernel), "--memory", "64M"];
+    let out = refusing(make, "-1", libc::EBUSY, &auto).stdin(Stdio::null()).output().expect("ringfort");
+    let said = String::from_utf8(out.stderr).expect("text");
+    assert_eq!(out.status.code(), Some(0), "{said}");
+    assert!(
+        said.contains("engine: soft (/dev/kvm is there, but unfit: ") && said.contains("another hypervisor"),
+        "{said}"
+    );
+    let out = refusing(make, "-1", libc::EBUSY, &["doctor"]).stdin(Stdio::null()).output().expect("ringfort");
+    let said = String::from_utf8(out.stdout).expect("text");
+    assert!(said.contains("end the other hypervisor"), "{said}");
+}
+
+#[test]
 fn auto_says_in_one_line_which_engine_and_why() {
     let scratch = Scratch::new("auto");
     let kernel = scratch.file("kernel", &Code::new().power_off().multiboot());

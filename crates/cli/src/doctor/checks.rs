@@ -84,8 +84,13 @@ fn kvm(fitness: &KvmFitness, cpu: &Cpu) -> Finding {
             ),
         )
         .advise("this KVM has no hardware behind it; the software engine is used instead, and is quicker"),
-        KvmFitness::Broken { reason } => of(Status::Warning, format!("not fit: {reason}"))
-            .advise("the software engine is used instead; the kernel's log may say more"),
+        KvmFitness::Broken { reason } => of(Status::Warning, format!("not fit: {reason}")).advise(
+            if reason.contains("another hypervisor") {
+                "the software engine is used instead; end the other hypervisor (VirtualBox, VMware, …)"
+            } else {
+                "the software engine is used instead; the kernel's log may say more"
+            },
+        ),
         KvmFitness::Denied => of(Status::Warning, "/dev/kvm is there, but not for this user".into())
             .advise("add yourself to its group and log in again: sudo usermod -aG kvm \"$USER\""),
         KvmFitness::Absent => {
