@@ -3,6 +3,7 @@
 //! This is the ground floor: it knows nothing of machines or guests.
 
 pub mod error;
+mod event;
 pub mod event_loop;
 pub mod file;
 pub mod host;
@@ -13,5 +14,6 @@ pub mod terminal;
 pub mod threads;
 
 pub use error::{Context, Error};
+pub use event::event;
 pub use event_loop::{EventLoop, Handle, Interest, Ready, TimerId, Token};
 pub use terminal::RawTerminal;

@@ -32,4 +32,15 @@ pub struct MsiMessage {
 pub trait MsiSink: Send + Sync {
     /// Deliver `msg`.
     fn send(&self, msg: MsiMessage);
+
+    /// A channel for one source that sends often; `None` where there is nothing better than [`send`](Self::send).
+    fn channel(&self) -> Option<Box<dyn MsiChannel>> {
+        None
+    }
+}
+
+/// A way for the messages of one source, which is quick while it sends the same one.
+pub trait MsiChannel: Send {
+    /// Deliver `msg`. False if this channel cannot; the message has to go to the sink then.
+    fn send(&mut self, msg: MsiMessage) -> bool;
 }

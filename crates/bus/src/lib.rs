@@ -8,12 +8,14 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod doorbell;
 mod irq;
 pub mod irqchip;
 mod time;
 
 pub use address::{Bus, BusError, MmioBus, PioBus};
-pub use irq::{IrqLine, MsiMessage, MsiSink, NoIrq};
+pub use doorbell::{DoorbellSink, NoDoorbells};
+pub use irq::{IrqLine, MsiChannel, MsiMessage, MsiSink, NoIrq};
 pub use ringfort_state::{Section, StateError};
 pub use time::{Clock, FakeClock, ManualTimer, Timer, TimerDevice};
 

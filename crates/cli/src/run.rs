@@ -38,7 +38,8 @@ pub struct RunArgs {
     /// A disk: path=FILE[,KEY=VALUE…]; may be repeated; the keys are listed below
     #[arg(long, value_name = "OPTIONS")]
     disk: Vec<Disk>,
-    /// Engine: auto; kvm[,irqchip=split|kernel][,dirty-ring=ENTRIES][,halt-poll=TIME]; or soft[,tier=interp] (no translation; for debugging)
+    /// Engine: auto; kvm[,irqchip=split|kernel][,dirty-ring=ENTRIES][,halt-poll=TIME]
+    /// [,ioeventfd=off][,irqfd=off][,coalesce=off]; or soft[,tier=interp] (no translation; for debugging)
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     accel: AccelOption,
     /// CPU model and features, for instance max, host, qemu64,+avx2 or EPYC,-aes; `help` lists them

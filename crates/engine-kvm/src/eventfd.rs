@@ -12,6 +12,7 @@ use ringfort_engine::{Doorbell, DoorbellAddress, EngineError, EventFds};
 use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, FromRawFd, IntoRawFd};
 use std::sync::Mutex;
+use std::sync::atomic::Ordering;
 use vmm_sys_util::eventfd::EventFd;
 
 /// First route of an irqfd: after the inputs of controllers, wherever they are.
@@ -43,12 +44,19 @@ fn entry(gsi: u32, (address, data): (u64, u32)) -> kvm_irq_routing_entry {
     }
 }
 
+struct Interrupt {
+    fd: EventFd,
+    message: Option<(u64, u32)>,
+    /// The kernel watches the descriptor.
+    connected: bool,
+}
+
 #[derive(Default)]
 struct State {
     /// Messages of the I/O APIC's pins: KVM reports EOIs of the level-triggered ones.
     pins: [Option<(u64, u32)>; IOAPIC_PINS as usize],
-    /// Interrupts by route: their descriptor, and message if they have one.
-    interrupts: BTreeMap<u32, (EventFd, Option<(u64, u32)>)>,
+    /// Interrupts by route.
+    interrupts: BTreeMap<u32, Interrupt>,
     /// Routes of controllers in the kernel.
     chips: Vec<kvm_irq_routing_entry>,
 }
@@ -87,7 +95,7 @@ impl Routes {
 impl State {
     fn apply(&self, fd: &VmFd) -> Result<(), EngineError> {
         let pins = (0..).zip(self.pins).filter_map(|(n, m)| Some(entry(n, m?)));
-        let others = self.interrupts.iter().filter_map(|(&n, (_, m))| Some(entry(n, (*m)?)));
+        let others = self.interrupts.iter().filter_map(|(&n, i)| Some(entry(n, i.message?)));
         let entries: Vec<kvm_irq_routing_entry> =
             self.chips.iter().copied().chain(pins).chain(others).collect();
         let routing = KvmIrqRouting::from_entries(&entries)
@@ -102,6 +110,11 @@ fn own(fd: BorrowedFd<'_>) -> Result<EventFd, EngineError> {
         .map_err(|source| EngineError::Host { what: "duplicating an eventfd".into(), source })?;
     // SAFETY: the descriptor is owned and given away here.
     Ok(unsafe { EventFd::from_raw_fd(owned.into_raw_fd()) })
+}
+
+/// A use of event descriptors that this KVM lacks, or that was not wanted.
+fn off(what: &str) -> EngineError {
+    EngineError::Internal(format!("no {what} here"))
 }
 
 fn no_such(interrupt: u32) -> EngineError {
@@ -132,6 +145,9 @@ macro_rules! doorbell {
 
 impl EventFds for VmShared {
     fn add_doorbell(&self, doorbell: &Doorbell, fd: BorrowedFd<'_>) -> Result<(), EngineError> {
+        if !self.events.doorbells {
+            return Err(off("ioeventfd"));
+        }
         let fd = own(fd)?;
         doorbell!(self, register_ioevent, &fd, doorbell).map_err(host("connecting a doorbell"))
     }
@@ -142,43 +158,74 @@ impl EventFds for VmShared {
     }
 
     fn add_interrupt(&self, fd: BorrowedFd<'_>) -> Result<u32, EngineError> {
+        if !self.events.interrupts {
+            return Err(off("irqfd"));
+        }
         let fd = own(fd)?;
         let mut s = locked(&self.routes.0);
         let free = (FIRST..ROUTES).find(|n| !s.interrupts.contains_key(n));
         let number = free.ok_or_else(|| EngineError::Internal("all interrupt routes are in use".into()))?;
-        s.interrupts.insert(number, (fd, None));
+        s.interrupts.insert(number, Interrupt { fd, message: None, connected: false });
         Ok(number)
     }
 
     fn set_message(&self, interrupt: u32, message: Option<(u64, u32)>) -> Result<(), EngineError> {
         let mut s = locked(&self.routes.0);
-        let (_, old) = s.interrupts.get_mut(&interrupt).ok_or_else(|| no_such(interrupt))?;
-        let before = std::mem::replace(old, message);
-        if before == message {
+        let i = s.interrupts.get_mut(&interrupt).ok_or_else(|| no_such(interrupt))?;
+        if i.message == message && i.connected == message.is_some() {
             return Ok(());
         }
         // Connected only while it has a message: what is written before that stays in the eventfd, and is sent then.
-        if before.is_some() && message.is_none() {
-            let (fd, _) = s.interrupts.get(&interrupt).ok_or_else(|| no_such(interrupt))?;
-            self.fd.unregister_irqfd(fd, interrupt).map_err(host("disconnecting an interrupt"))?;
+        if i.connected && message.is_none() {
+            self.fd.unregister_irqfd(&i.fd, interrupt).map_err(host("disconnecting an interrupt"))?;
+            i.connected = false;
         }
-        s.apply(&self.fd)?;
-        if before.is_none() && message.is_some() {
-            let (fd, _) = s.interrupts.get(&interrupt).ok_or_else(|| no_such(interrupt))?;
-            self.fd.register_irqfd(fd, interrupt).map_err(host("connecting an interrupt"))?;
+        let before = std::mem::replace(&mut i.message, message);
+        if let Err(e) = s.apply(&self.fd) {
+            // The kernel has the old routes still.
+            s.interrupts.entry(interrupt).and_modify(|i| i.message = before);
+            return Err(e);
+        }
+        let i = s.interrupts.get_mut(&interrupt).ok_or_else(|| no_such(interrupt))?;
+        if !i.connected && message.is_some() {
+            self.fd.register_irqfd(&i.fd, interrupt).map_err(host("connecting an interrupt"))?;
+            i.connected = true;
         }
         Ok(())
     }
 
     fn remove_interrupt(&self, interrupt: u32) -> Result<(), EngineError> {
-        self.set_message(interrupt, None)?;
-        locked(&self.routes.0).interrupts.remove(&interrupt).map(drop).ok_or_else(|| no_such(interrupt))
+        let end = self.set_message(interrupt, None);
+        locked(&self.routes.0).interrupts.remove(&interrupt).ok_or_else(|| no_such(interrupt))?;
+        end
+    }
+
+    fn settle(&self) -> Result<(), EngineError> {
+        // The kernel may deliver from a work item. Disconnecting waits for it; what is written meanwhile is seen with the connection.
+        for (&number, i) in &mut locked(&self.routes.0).interrupts {
+            if i.message.is_none() {
+                continue;
+            }
+            if i.connected {
+                self.fd.unregister_irqfd(&i.fd, number).map_err(host("disconnecting an interrupt"))?;
+                i.connected = false;
+            }
+            self.fd.register_irqfd(&i.fd, number).map_err(host("connecting an interrupt"))?;
+            i.connected = true;
+        }
+        Ok(())
     }
 
     fn coalesce(&self, at: DoorbellAddress, len: u32) -> Result<(), EngineError> {
-        let mut on = locked(&self.coalescing);
+        let can = match at {
+            DoorbellAddress::Mmio(_) => self.events.queued_mmio,
+            DoorbellAddress::Port(_) => self.events.queued_ports,
+        };
+        if !can {
+            return Err(off("queue of stores"));
+        }
         self.fd.register_coalesced_mmio(address(at), len).map_err(host("queueing stores"))?;
-        *on = true;
+        self.coalescing.store(true, Ordering::SeqCst);
         Ok(())
     }
 }

@@ -40,11 +40,25 @@ pub struct KvmOptions {
     /// How long the kernel watches for interrupts before a halted vCPU's thread sleeps, in nanoseconds; the host's default if not
     /// given.
     pub halt_poll_ns: Option<u32>,
+    /// Doorbells by event descriptor (ioeventfd), where KVM has them.
+    pub ioeventfd: bool,
+    /// Interrupts by event descriptor (irqfd), where KVM has them.
+    pub irqfd: bool,
+    /// Stores without immediate effect wait for the next exit (coalesced MMIO and PIO), where KVM has that.
+    pub coalesce: bool,
 }
 
 impl Default for KvmOptions {
     fn default() -> KvmOptions {
-        KvmOptions { device: DEVICE.into(), kernel_irqchip: false, dirty_ring: None, halt_poll_ns: None }
+        KvmOptions {
+            device: DEVICE.into(),
+            kernel_irqchip: false,
+            dirty_ring: None,
+            halt_poll_ns: None,
+            ioeventfd: true,
+            irqfd: true,
+            coalesce: true,
+        }
     }
 }
 

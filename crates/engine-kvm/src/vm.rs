@@ -44,12 +44,24 @@ pub(crate) struct VmShared {
     pub(crate) kernel_irqchip: bool,
     /// TSC offsets can be set themselves.
     pub(crate) tsc_offsets: bool,
-    /// Ranges whose stores wait in a queue; then one vCPU at a time empties it.
-    pub(crate) coalescing: Mutex<bool>,
+    /// Which of the event descriptors are to be used.
+    pub(crate) events: Events,
+    /// There are ranges whose stores wait in a queue.
+    pub(crate) coalescing: AtomicBool,
+    /// One vCPU at a time empties the queue; whoever comes meanwhile waits, since its own stores may be among those.
+    pub(crate) queue: Mutex<()>,
     pub(crate) xsave_size: usize,
     pub(crate) msrs: Arc<[u32]>,
     targets: Mutex<Vec<(u32, Arc<KickTarget>)>>,
     pub(crate) counters: Counters,
+}
+
+/// What of the event descriptors is used.
+pub(crate) struct Events {
+    pub(crate) doorbells: bool,
+    pub(crate) interrupts: bool,
+    pub(crate) queued_mmio: bool,
+    pub(crate) queued_ports: bool,
 }
 
 /// Exits by their reason, of all vCPUs.
@@ -133,7 +145,14 @@ impl KvmVm {
             routes: Routes::new(&fd, options.kernel_irqchip)?,
             kernel_irqchip: options.kernel_irqchip,
             tsc_offsets: fd.check_extension_raw(KVM_CAP_VCPU_ATTRIBUTES.into()) > 0,
-            coalescing: Mutex::new(false),
+            events: Events {
+                doorbells: options.ioeventfd && fd.check_extension(Cap::Ioeventfd),
+                interrupts: options.irqfd && fd.check_extension(Cap::Irqfd),
+                queued_mmio: options.coalesce && fd.check_extension(Cap::CoalescedMmio),
+                queued_ports: options.coalesce && fd.check_extension(Cap::CoalescedPio),
+            },
+            coalescing: AtomicBool::new(false),
+            queue: Mutex::default(),
             xsave_size: usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(4096),
             msrs,
             targets: Mutex::default(),
@@ -240,8 +259,7 @@ impl Vm for KvmVm {
     }
 
     fn eventfds(&self) -> Option<&dyn EventFds> {
-        let s = &*self.shared;
-        (s.fd.check_extension(Cap::Irqfd) && s.fd.check_extension(Cap::Ioeventfd)).then_some(s)
+        Some(&*self.shared)
     }
 
     fn statistics(&self) -> Vec<(String, u64)> {

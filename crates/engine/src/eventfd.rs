@@ -50,6 +50,12 @@ pub trait EventFds: Send + Sync {
     /// # Errors
     /// When there is no such interrupt.
     fn remove_interrupt(&self, interrupt: u32) -> Result<(), EngineError>;
+    /// Return when everything that was written to interrupts' descriptors has arrived at the CPUs: the host may do that a moment later.
+    /// Nobody writes to one meanwhile.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    fn settle(&self) -> Result<(), EngineError>;
     /// Let stores to a register that has no immediate effect wait in a queue until the next exit of any other kind, in order.
     ///
     /// # Errors

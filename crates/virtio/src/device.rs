@@ -145,6 +145,12 @@ pub trait VirtioDevice: Send + Sync {
         Ok(Quick::Later)
     }
 
+    /// Whether a doorbell is to reach the I/O thread without the vCPU's, where the host can do that. Not if the driver waits in a loop for what
+    /// [`quick`](Self::quick) does at once.
+    fn by_thread(&self) -> bool {
+        true
+    }
+
     /// Give the driver what was finished since the last look: called whenever the queue is kicked, also while the machine
     /// pauses. The queue must not be touched if it is `broken`.
     fn collect(&self, queue: &mut Queue, broken: bool) {

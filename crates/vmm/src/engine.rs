@@ -75,9 +75,17 @@ fn soft(tier: Tier) -> Result<Box<dyn Hypervisor>, VmmError> {
 }
 
 fn kvm(config: &VmConfig) -> Result<Box<dyn Hypervisor>, VmmError> {
-    let KvmConfig { irqchip, dirty_ring, halt_poll_ns } = config.kvm;
+    let KvmConfig { irqchip, dirty_ring, halt_poll_ns, ioeventfd, irqfd, coalesce } = config.kvm;
     let kernel_irqchip = irqchip == KvmIrqchip::Kernel;
-    let options = KvmOptions { kernel_irqchip, dirty_ring, halt_poll_ns, ..KvmOptions::default() };
+    let options = KvmOptions {
+        kernel_irqchip,
+        dirty_ring,
+        halt_poll_ns,
+        ioeventfd,
+        irqfd,
+        coalesce,
+        ..KvmOptions::default()
+    };
     let engine = ringfort_engine_kvm::open(options).map_err(|e| VmmError::Accel(e.to_string()))?;
     Ok(Box::new(engine))
 }

@@ -276,6 +276,10 @@ impl Machine {
             v.core().pause();
         }
         self.cards.iter().for_each(Card::pause);
+        if let Some(e) = self.vm.eventfds() {
+            // It fails only for a VM that is broken; then its vCPUs say so.
+            let _ = e.settle();
+        }
     }
 
     /// Change the size of disk `number`, in the order of the configuration, to `bytes` (a multiple of 512) and tell its
@@ -452,7 +456,7 @@ fn add_virtio(pc: &Pc, ram: &Arc<RamMap>, device: Arc<dyn VirtioDevice>) -> Resu
     pc.add_pci(None, |msi: Arc<dyn MsiSink>, line: Arc<dyn IrqLine>| {
         let function =
             VirtioPci::new(device, ram.clone(), msi, line).map_err(|e| VmmError::Machine(e.to_string()))?;
-        let function = Arc::new(function);
+        let function = Arc::new(function.with_doorbells(pc.doorbells()));
         made = Some(function.clone());
         Ok::<Arc<dyn PciFunction>, VmmError>(function)
     })?;

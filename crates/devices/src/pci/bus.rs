@@ -101,7 +101,7 @@ impl PciBus {
     /// Take a function out; its BARs are unmapped. `None` when there is none.
     pub fn remove(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
         let f = self.functions.write().unwrap_or_else(PoisonError::into_inner).remove(&bdf);
-        self.refresh(bdf);
+        self.refresh_of(bdf, f.as_ref());
         f
     }
 
@@ -160,6 +160,11 @@ impl PciBus {
 
     /// Map a function's BARs as its registers say now.
     pub fn refresh(&self, bdf: Bdf) {
+        self.refresh_of(bdf, None);
+    }
+
+    /// As [`refresh`](Self::refresh); `gone` was the function there.
+    fn refresh_of(&self, bdf: Bdf, gone: Option<&Arc<dyn PciFunction>>) {
         let mut m = lock(&self.mappings);
         let function = self.find(bdf);
         let want = function.as_ref().map_or([None; 7], |f| f.windows());
@@ -172,6 +177,12 @@ impl PciBus {
             }
             if let Some(old) = old {
                 m.bars.remove(&(bdf, bar));
+                if old.live
+                    && old.window.space == BarSpace::Memory
+                    && let Some(f) = gone.or(function.as_ref())
+                {
+                    f.mapped(bar, None);
+                }
                 freed |= self.unmap(old);
             }
             if let Some(window) = new {
@@ -203,13 +214,18 @@ impl PciBus {
             let Some(function) = self.find(bdf) else { continue };
             let BarWindow { space, base, len } = mapping.window;
             let name = format!("{} {bdf} BAR {bar}", function.kind());
-            let target = Arc::new(BarTarget { function, bar, base });
+            let target = Arc::new(BarTarget { function: function.clone(), bar, base });
             let done = match space {
                 BarSpace::Memory => self.mmio.insert(&name, base, len, target),
                 BarSpace::Io => self.pio.insert(&name, base, len, target),
             };
             match done {
-                Ok(()) => mapping.live = true,
+                Ok(()) => {
+                    mapping.live = true;
+                    if space == BarSpace::Memory {
+                        function.mapped(bar, Some(base));
+                    }
+                }
                 Err(e) if told.insert((bdf, bar)) => {
                     (self.log)(&format!("{e}; the guest's BAR stays unmapped"))
                 }

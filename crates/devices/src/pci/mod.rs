@@ -167,6 +167,11 @@ pub trait PciFunction: Send + Sync {
     /// Where each BAR (0 to 5, [`ROM_BAR`] for the expansion ROM) decodes now.
     fn windows(&self) -> [Option<BarWindow>; 7];
 
+    /// A BAR in memory answers at `base` from now on, or nowhere (`None`). The bus's mapping lock is held.
+    fn mapped(&self, bar: u8, base: Option<u64>) {
+        let _ = (bar, base);
+    }
+
     /// What each BAR is and how large, whether or not it decodes, for whoever assigns addresses.
     fn bars(&self) -> [Option<(BarKind, u64)>; 7];
 

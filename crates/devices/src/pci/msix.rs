@@ -1,7 +1,7 @@
 //! MSI-X: vector table and pending bit array (PCI 3.0 section 6.8.2).
 
 use super::PciError;
-use ringfort_bus::{MsiMessage, MsiSink, lock};
+use ringfort_bus::{MsiChannel, MsiMessage, MsiSink, lock};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 
@@ -35,10 +35,47 @@ pub struct MsixState {
     layout: MsixLayout,
     vectors: u16,
     sink: Arc<dyn MsiSink>,
-    inner: Mutex<MsixSaved>,
+    inner: Mutex<Inner>,
 }
 
 const ENTRY: usize = 16;
+/// Messages after which a vector gets a channel of its own: making one costs more than a few messages do.
+const BUSY: u32 = 16;
+
+/// How a vector's messages go.
+enum Way {
+    /// To the sink, which had so many of them.
+    Sink(u32),
+    Channel(Box<dyn MsiChannel>),
+    /// To the sink, for good: it has no channels, or the vector's did not work.
+    SinkOnly,
+}
+
+struct Inner {
+    saved: MsixSaved,
+    ways: Vec<Way>,
+}
+
+impl Inner {
+    /// Send a vector's message.
+    fn send(&mut self, sink: &dyn MsiSink, vector: usize) {
+        let message = self.saved.message(vector);
+        let Some(way) = self.ways.get_mut(vector) else { return };
+        if let Way::Sink(sent) = way {
+            *sent += 1;
+            if *sent > BUSY {
+                *way = sink.channel().map_or(Way::SinkOnly, Way::Channel);
+            }
+        }
+        if let Way::Channel(channel) = way {
+            if channel.send(message) {
+                return;
+            }
+            *way = Way::SinkOnly;
+        }
+        sink.send(message);
+    }
+}
 
 impl MsixSaved {
     fn word(&self, vector: usize, word: usize) -> u32 {
@@ -83,7 +120,9 @@ impl MsixState {
         if !layout.table_offset.is_multiple_of(8) || !layout.pba_offset.is_multiple_of(8) {
             return bad("offsets must be multiples of 8");
         }
-        let state = MsixState { layout, vectors, sink, inner: Mutex::new(MsixSaved::new(vectors)) };
+        let ways = (0..vectors).map(|_| Way::Sink(0)).collect();
+        let inner = Mutex::new(Inner { saved: MsixSaved::new(vectors), ways });
+        let state = MsixState { layout, vectors, sink, inner };
         let (t, p) = (u64::from(layout.table_offset), u64::from(layout.pba_offset));
         if layout.table_bar == layout.pba_bar && t < p + state.pba_len() && p < t + state.table_len() {
             return bad("table and PBA overlap");
@@ -113,7 +152,7 @@ impl MsixState {
 
     /// The guest switched MSI-X on; INTx is then not used.
     pub fn is_enabled(&self) -> bool {
-        lock(&self.inner).enabled
+        lock(&self.inner).saved.enabled
     }
 
     /// Signal a vector: sent at once, or noted as pending while it is masked. Nothing when MSI-X is off or the
@@ -122,44 +161,46 @@ impl MsixState {
         if vector >= self.vectors {
             return;
         }
-        let mut s = lock(&self.inner);
-        if !s.enabled {
+        let mut inner = lock(&self.inner);
+        if !inner.saved.enabled {
             return;
         }
         let v = usize::from(vector);
-        if s.open(v) {
-            self.sink.send(s.message(v));
+        if inner.saved.open(v) {
+            inner.send(&*self.sink, v);
         } else {
-            s.pending[v / 64] |= 1 << (v % 64);
+            inner.saved.pending[v / 64] |= 1 << (v % 64);
         }
     }
 
     /// The message of a vector when it would be sent now, else `None` (masked, off, or no such vector).
     pub fn message(&self, vector: u16) -> Option<MsiMessage> {
-        let s = lock(&self.inner);
+        let s = &lock(&self.inner).saved;
         (vector < self.vectors && s.open(usize::from(vector))).then(|| s.message(usize::from(vector)))
     }
 
     /// Follow the configuration space: MSI-X enable, function mask, bus master enable.
     pub fn set_control(&self, enabled: bool, masked: bool, bus_master: bool) {
-        let mut s = lock(&self.inner);
+        let mut inner = lock(&self.inner);
+        let s = &mut inner.saved;
         (s.enabled, s.masked, s.bus_master) = (enabled, masked, bus_master);
-        self.flush(&mut s);
+        self.flush(&mut inner);
     }
 
     /// Send what is pending and no longer masked.
-    fn flush(&self, s: &mut MsixSaved) {
+    fn flush(&self, inner: &mut Inner) {
+        let s = &inner.saved;
         if !s.enabled || s.masked || !s.bus_master {
             return;
         }
         for w in 0..s.pending.len() {
-            let mut bits = s.pending[w];
+            let mut bits = inner.saved.pending[w];
             while bits != 0 {
                 let v = w * 64 + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
-                if s.open(v) {
-                    s.pending[w] &= !(1 << (v % 64));
-                    self.sink.send(s.message(v));
+                if inner.saved.open(v) {
+                    inner.saved.pending[w] &= !(1 << (v % 64));
+                    inner.send(&*self.sink, v);
                 }
             }
         }
@@ -171,14 +212,14 @@ impl MsixState {
         if bar == l.table_bar
             && let Some(at) = within(offset, l.table_offset, self.table_len())
         {
-            let s = lock(&self.inner);
+            let s = &lock(&self.inner).saved;
             fill(data, at, |i| s.table.get(i).copied());
             return true;
         }
         if bar == l.pba_bar
             && let Some(at) = within(offset, l.pba_offset, self.pba_len())
         {
-            let s = lock(&self.inner);
+            let s = &lock(&self.inner).saved;
             fill(data, at, |i| s.pending.get(i / 8).map(|w| w.to_le_bytes()[i % 8]));
             return true;
         }
@@ -191,7 +232,7 @@ impl MsixState {
         if bar == l.table_bar
             && let Some(at) = within(offset, l.table_offset, self.table_len())
         {
-            let mut s = lock(&self.inner);
+            let mut inner = lock(&self.inner);
             for (i, &v) in (at..).zip(data) {
                 // Of vector control only the mask bit exists, of the address the low two bits are zero.
                 let mask = match i % ENTRY {
@@ -200,11 +241,11 @@ impl MsixState {
                     13..=15 => 0,
                     _ => 0xff,
                 };
-                if let Some(b) = s.table.get_mut(i) {
+                if let Some(b) = inner.saved.table.get_mut(i) {
                     *b = v & mask;
                 }
             }
-            self.flush(&mut s);
+            self.flush(&mut inner);
             return true;
         }
         bar == l.pba_bar && within(offset, l.pba_offset, self.pba_len()).is_some()
@@ -212,17 +253,17 @@ impl MsixState {
 
     /// Everything masked, nothing pending, off.
     pub fn reset(&self) {
-        *lock(&self.inner) = MsixSaved::new(self.vectors);
+        lock(&self.inner).saved = MsixSaved::new(self.vectors);
     }
 
     /// State for the function's section.
     pub fn save(&self) -> MsixSaved {
-        lock(&self.inner).clone()
+        lock(&self.inner).saved.clone()
     }
 
     /// Whether [`MsixState::load`] would take this state.
     pub fn fits(&self, saved: &MsixSaved) -> bool {
-        let mine = lock(&self.inner);
+        let mine = &lock(&self.inner).saved;
         let spare = u32::from(self.vectors) % 64;
         let tail = saved.pending.last().copied().unwrap_or(0);
         saved.table.len() == mine.table.len()
@@ -235,7 +276,7 @@ impl MsixState {
         if !self.fits(saved) {
             return false;
         }
-        *lock(&self.inner) = saved.clone();
+        lock(&self.inner).saved = saved.clone();
         true
     }
 }

@@ -1,5 +1,5 @@
 use super::*;
-use ringfort_bus::{IrqLine, MmioBus, MsiMessage, MsiSink, NoIrq, PioBus, PortIo, lock, shared};
+use ringfort_bus::{IrqLine, MmioBus, MsiChannel, MsiMessage, MsiSink, NoIrq, PioBus, PortIo, lock, shared};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -13,6 +13,37 @@ impl MsiSink for Sink {
 impl Sink {
     fn take(&self) -> Vec<u32> {
         std::mem::take(&mut *lock(&self.0)).iter().map(|m| m.data).collect()
+    }
+}
+
+/// A sink with channels, of which each takes so many messages.
+struct Channels {
+    direct: Sink,
+    by_channel: Arc<Sink>,
+    made: AtomicUsize,
+    takes: usize,
+}
+impl MsiSink for Channels {
+    fn send(&self, m: MsiMessage) {
+        self.direct.send(m);
+    }
+    fn channel(&self) -> Option<Box<dyn MsiChannel>> {
+        self.made.fetch_add(1, Ordering::SeqCst);
+        Some(Box::new(Counted { to: self.by_channel.clone(), left: self.takes }))
+    }
+}
+struct Counted {
+    to: Arc<Sink>,
+    left: usize,
+}
+impl MsiChannel for Counted {
+    fn send(&mut self, m: MsiMessage) -> bool {
+        let takes = self.left > 0;
+        if takes {
+            self.left -= 1;
+            self.to.send(m);
+        }
+        takes
     }
 }
 
@@ -35,6 +66,7 @@ struct Card {
     msix: Arc<MsixState>,
     scratch: Mutex<[u8; 32]>,
     resets: AtomicUsize,
+    told: Mutex<Vec<(u8, Option<u64>)>>,
 }
 
 fn card(sink: Arc<Sink>, line: Arc<dyn IrqLine>) -> Arc<Card> {
@@ -48,7 +80,13 @@ fn card(sink: Arc<Sink>, line: Arc<dyn IrqLine>) -> Arc<Card> {
     s.add_msix(&msix).unwrap();
     s.set_interrupt_pin(1);
     let config = PciConfig::new(s, Some(msix.clone()), line);
-    Arc::new(Card { config, msix, scratch: Mutex::new([0; 32]), resets: AtomicUsize::new(0) })
+    Arc::new(Card {
+        config,
+        msix,
+        scratch: Mutex::default(),
+        resets: AtomicUsize::new(0),
+        told: Mutex::default(),
+    })
 }
 
 impl PciFunction for Card {
@@ -70,6 +108,9 @@ impl PciFunction for Card {
     }
     fn bars(&self) -> [Option<(BarKind, u64)>; 7] {
         self.config.bars()
+    }
+    fn mapped(&self, bar: u8, base: Option<u64>) {
+        lock(&self.told).push((bar, base));
     }
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
         if !self.msix.bar_read(bar, offset, data) {
@@ -204,6 +245,15 @@ fn bars_map_move_and_unmap() {
     assert_eq!(r.mapped("card"), [0xd000_0000, 0x10_0000_4000, 0xc000]);
     r.command(1);
     assert_eq!(r.mapped("card"), [0xc000]);
+    let told = std::mem::take(&mut *lock(&r.card.told));
+    let moves = [(0, 0xc000_0000), (0, 0xd000_0000), (4, 0x10_0000_0000), (4, 0x10_0000_4000u64)];
+    let [a, b, c, d] = moves.map(|(bar, base)| (bar, Some(base)));
+    assert_eq!(told, [a, (0, None), b, c, (4, None), d, (0, None), (4, None)], "{told:x?}");
+    r.command(2);
+    assert_eq!(lock(&r.card.told).len(), 2);
+    r.bus.remove(CARD);
+    assert_eq!(lock(&r.card.told)[2..], [(0, None), (4, None)], "a function that goes");
+    r.bus.add(CARD, r.card.clone()).unwrap();
     r.bus.reset();
     assert!(r.mapped("card").is_empty());
     r.command(3);
@@ -286,6 +336,47 @@ fn msix_masks_keep_interrupts_pending() {
     assert_eq!(d, [0; 8]);
     r.card.bar_read(4, 0x1008, &mut d);
     assert_eq!(d[4..], [1, 0, 0, 0]);
+}
+
+#[test]
+fn busy_vectors_get_channels_and_lose_nothing() {
+    for (takes, by_channel) in [(1000, 5), (2, 2), (0, 0)] {
+        let sink = Arc::new(Channels {
+            direct: Sink::default(),
+            by_channel: Arc::default(),
+            made: AtomicUsize::new(0),
+            takes,
+        });
+        let layout = MsixLayout { table_bar: 0, table_offset: 0, pba_bar: 0, pba_offset: 0x800 };
+        let m = MsixState::new(2, layout, sink.clone()).unwrap();
+        let set = |word: u64, v: u32| assert!(m.bar_write(0, 16 + word * 4, &v.to_le_bytes()));
+        set(2, 0x41);
+        set(3, 0);
+        m.set_control(true, false, true);
+        (0..16).for_each(|_| m.notify(1));
+        assert_eq!((sink.direct.take().len(), sink.made.load(Ordering::SeqCst)), (16, 0));
+        m.notify(1);
+        set(2, 0x42);
+        m.notify(1);
+        // Masked: pending in the table, not on its way; sent with what the vector says then.
+        set(3, 1);
+        m.notify(1);
+        let mut pba = [0; 8];
+        assert!(m.bar_read(0, 0x800, &mut pba));
+        assert_eq!(u64::from_le_bytes(pba), 2);
+        let [mut channel, mut direct] = [&sink.by_channel, &sink.direct].map(|s| s.take());
+        set(2, 0x43);
+        set(3, 0);
+        m.set_control(true, true, true);
+        m.notify(1);
+        m.set_control(true, false, true);
+        m.notify(1);
+        channel.extend(sink.by_channel.take());
+        direct.extend(sink.direct.take());
+        assert_eq!(channel, [0x41, 0x42, 0x43, 0x43, 0x43][..by_channel]);
+        assert_eq!(direct, [0x41, 0x42, 0x43, 0x43, 0x43][by_channel..]);
+        assert_eq!(sink.made.load(Ordering::SeqCst), 1, "a channel that failed is not made again");
+    }
 }
 
 #[test]

@@ -74,7 +74,7 @@ impl KvmVcpu {
             }
         }
         vm.dirty.map_for(&fd)?;
-        if *crate::vm::locked(&vm.coalescing) {
+        if vm.coalescing.load(std::sync::atomic::Ordering::SeqCst) {
             fd.map_coalesced_mmio_ring().map_err(host("mapping the queue of stores"))?;
         }
         let xsave_bytes = match table.find(0xd, 0) {

@@ -3,6 +3,7 @@
 use super::KvmVcpu;
 use crate::error::{host, io_error};
 use crate::msr::{unknown_read, unknown_write};
+use crate::vm::locked;
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
     KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
@@ -98,11 +99,11 @@ impl KvmVcpu {
     /// Stores that waited in the queue, oldest first.
     fn take_coalesced(&mut self) -> Result<(), EngineError> {
         let vm = self.vm.clone();
-        // The queue is the VM's, and any vCPU may find it first.
-        let Ok(on) = vm.coalescing.try_lock() else { return Ok(()) };
-        if !*on {
+        if !vm.coalescing.load(Ordering::Relaxed) {
             return Ok(());
         }
+        // The queue is the VM's, and any vCPU may find it first.
+        let _turn = locked(&vm.queue);
         self.fd.map_coalesced_mmio_ring().map_err(host("mapping the queue of stores"))?;
         while let Some(e) = self.fd.coalesced_mmio_read().map_err(host("reading the queue of stores"))? {
             let data = &e.data[..(e.len as usize).min(8)];

@@ -245,6 +245,22 @@ program!(
     "hlt",
 );
 
+// Stores RSI to an address and tells so by the port in RDX, 200 times.
+program!(
+    store_and_tell,
+    ".code64",
+    "mov ebx, 0xd0000000",
+    "mov ecx, 200",
+    "2:",
+    "mov [rbx], esi",
+    "out dx, al",
+    "dec ecx",
+    "jnz 2b",
+    "3:",
+    "hlt",
+    "jmp 3b",
+);
+
 // Reads MSRs named at 0x300000 (ends with zero) and writes what came to the places after; the #GP handler (at 0x100) skips RDMSR and gives
 // all ones.
 program!(

@@ -1,12 +1,15 @@
 //! Interrupt lines: from devices to the 8259 pair and the I/O APIC, and from those to the engine.
 
-use ringfort_bus::{IrqLine, MsiMessage, MsiSink, Shared, lock};
+use ringfort_bus::{DoorbellSink, IrqLine, MsiChannel, MsiMessage, MsiSink, Shared, lock};
 use ringfort_devices::acpi_pm::AcpiPm;
 use ringfort_devices::ioapic::{IoApic, PINS, RouteListener};
 use ringfort_devices::line::{Fan, input};
 use ringfort_devices::pci::{LpcListener, WiredOr};
 use ringfort_devices::pic::Pic;
-use ringfort_engine::Vm;
+use ringfort_engine::{Doorbell, DoorbellAddress, Vm};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// The engine's VM, which exists only after the machine does. Messages before that go nowhere: there is no CPU that could
@@ -18,6 +21,86 @@ impl MsiSink for VmLink {
     fn send(&self, msg: MsiMessage) {
         if let Some(vm) = self.0.get() {
             vm.send_msi(msg.address, msg.data);
+        }
+    }
+
+    fn channel(&self) -> Option<Box<dyn MsiChannel>> {
+        let vm = self.0.get()?.clone();
+        let event: File = ringfort_base::event().ok()?.into();
+        let interrupt = vm.eventfds()?.add_interrupt(event.as_fd()).ok()?;
+        Some(Box::new(Channel { vm, event, interrupt, message: None }))
+    }
+}
+
+/// An interrupt of the engine's host, raised by an event descriptor.
+struct Channel {
+    vm: Arc<dyn Vm>,
+    event: File,
+    interrupt: u32,
+    message: Option<MsiMessage>,
+}
+
+impl MsiChannel for Channel {
+    fn send(&mut self, msg: MsiMessage) -> bool {
+        if self.message != Some(msg) {
+            self.message = None;
+            let to = Some((msg.address, msg.data));
+            if self.vm.eventfds().is_none_or(|e| e.set_message(self.interrupt, to).is_err()) {
+                return false;
+            }
+            self.message = Some(msg);
+        }
+        // An event descriptor takes one more at any time but after 2^64 that nobody took.
+        self.event.write_all(&1u64.to_ne_bytes()).is_ok()
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        if let Some(e) = self.vm.eventfds() {
+            // It is there; what may fail is the host's memory, for a VM that loses nothing by it.
+            let _ = e.remove_interrupt(self.interrupt);
+        }
+    }
+}
+
+fn bell(address: u64) -> Doorbell {
+    Doorbell { address: DoorbellAddress::Mmio(address), len: 0, value: None }
+}
+
+impl DoorbellSink for VmLink {
+    fn connect(&self, address: u64, fd: BorrowedFd<'_>) -> bool {
+        let eventfds = self.0.get().and_then(|vm| vm.eventfds());
+        eventfds.is_some_and(|e| e.add_doorbell(&bell(address), fd).is_ok())
+    }
+
+    fn disconnect(&self, address: u64, fd: BorrowedFd<'_>) {
+        if let Some(e) = self.0.get().and_then(|vm| vm.eventfds()) {
+            // It was connected.
+            let _ = e.remove_doorbell(&bell(address), fd);
+        }
+    }
+}
+
+/// Ports where a byte does nothing before the next access to the same device: it selects a register of the real-time clock, or was written
+/// to wait a moment.
+const QUEUED: [DoorbellAddress; 2] = [
+    DoorbellAddress::Port(ringfort_devices::rtc::BASE),
+    DoorbellAddress::Port(ringfort_devices::system_port::PAGES),
+];
+
+impl VmLink {
+    /// Let stores wait where that makes no difference but for fewer exits. Not those to `0xCF8`: the register that resets the machine
+    /// lies inside of it.
+    pub fn queue_stores(&self, host_irqchip: bool) {
+        let Some(e) = self.0.get().and_then(|vm| vm.eventfds()) else { return };
+        // A host that cannot makes an exit of each.
+        if !host_irqchip {
+            // It selects another register.
+            let _ = e.coalesce(DoorbellAddress::Mmio(crate::layout::IOAPIC_BASE), 4);
+        }
+        for port in QUEUED {
+            let _ = e.coalesce(port, 1);
         }
     }
 }

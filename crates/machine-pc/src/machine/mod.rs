@@ -15,8 +15,8 @@ use crate::mptable;
 use crate::smbios::{self, SmbiosConfig, SmbiosError};
 use irq::{ExtInt, Follower, VmLink, Wires};
 use ringfort_bus::{
-    BusError, Clock, Device, IrqLine, MmioBus, MsiSink, NoIrq, PioBus, PortIo, Section, Shared, StateError,
-    Timer, TimerDevice, lock, shared,
+    BusError, Clock, Device, DoorbellSink, IrqLine, MmioBus, MsiSink, NoIrq, PioBus, PortIo, Section, Shared,
+    StateError, Timer, TimerDevice, lock, shared,
 };
 use ringfort_devices::acpi_pm::{self, AcpiPm, ResetControl};
 use ringfort_devices::debug_exit::{self, DebugExit};
@@ -138,6 +138,7 @@ pub struct Pc {
     pio: Arc<PioBus>,
     mmio: Arc<MmioBus>,
     vm: Arc<VmLink>,
+    host_irqchip: bool,
     wires: Arc<Wires>,
     pic: Shared<Pic>,
     ioapic: Shared<IoApic>,
@@ -290,6 +291,7 @@ impl Pc {
             pio,
             mmio,
             vm,
+            host_irqchip,
             wires,
             pic,
             ioapic,
@@ -314,11 +316,17 @@ impl Pc {
         // A second VM for one machine is a caller's slip that must not redirect the first one's interrupts.
         if self.vm.0.set(vm).is_ok() {
             lock(&self.ioapic).set_listener(self.vm.clone());
+            self.vm.queue_stores(self.host_irqchip);
         }
     }
 
     /// Where message-signalled interrupts of devices go.
     pub fn msi(&self) -> Arc<dyn MsiSink> {
+        self.vm.clone()
+    }
+
+    /// Where devices have their doorbells connected.
+    pub fn doorbells(&self) -> Arc<dyn DoorbellSink> {
         self.vm.clone()
     }
 

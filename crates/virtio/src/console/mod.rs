@@ -195,6 +195,11 @@ impl VirtioDevice for Console {
         true
     }
 
+    /// Linux's driver spins until output is taken (drivers/char/virtio_console.c, `__send_to_port`).
+    fn by_thread(&self) -> bool {
+        false
+    }
+
     /// A sink does not wait, so short output goes at once.
     fn quick(&self, queue: &mut Queue) -> Result<Quick, QueueError> {
         if queue.index() != TX {

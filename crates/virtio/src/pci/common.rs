@@ -108,7 +108,10 @@ impl VirtioPci {
             DRIVER_FEATURE => c.set_driver_features(value as u32),
             CONFIG_MSIX_VECTOR => self.irq.set_config_vector(value as u16),
             DEVICE_STATUS if value as u8 == 0 => self.reset_device(),
-            DEVICE_STATUS => c.write_status(value as u8),
+            DEVICE_STATUS => {
+                c.write_status(value as u8);
+                self.bells.follow(c);
+            }
             QUEUE_SELECT => c.set_queue_select(value as u16),
             QUEUE_SIZE => c.set_queue_size(value as u16),
             QUEUE_MSIX_VECTOR => self.irq.set_queue_vector(c.queue_select(), value as u16),

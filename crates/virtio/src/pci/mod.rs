@@ -4,15 +4,19 @@
 //! holds the MSI-X table. Doorbells lie [`NOTIFY_MULTIPLIER`] bytes apart and take no lock that is common to two
 //! queues.
 
+mod bells;
+#[cfg(test)]
+mod bells_tests;
 mod common;
 mod interrupt;
 #[cfg(test)]
 mod tests;
 
 use crate::{Core, CoreState, VirtioDevice};
+use bells::Bells;
 use common::Vectors;
 use interrupt::PciInterrupt;
-use ringfort_bus::{IrqLine, MsiSink, Section, StateError, lock};
+use ringfort_bus::{DoorbellSink, IrqLine, MsiSink, NoDoorbells, Section, StateError, lock};
 use ringfort_devices::pci::{
     BarKind, BarWindow, CAP_ID_VENDOR, ConfigSpace, Identity, MsixLayout, MsixState, PciConfig,
     PciConfigState, PciError, PciFunction, PcieKind,
@@ -96,6 +100,8 @@ struct Saved {
 /// A virtio device as a PCI function.
 pub struct VirtioPci {
     kind: &'static str,
+    /// Before the rest: it lets go of the queues' descriptors.
+    bells: Bells,
     core: Core,
     config: Arc<PciConfig>,
     msix: Arc<MsixState>,
@@ -129,7 +135,14 @@ impl VirtioPci {
         let core =
             Core::new(device, ram, irq.clone()).map_err(|source| VirtioPciError::Event { kind, source })?;
         core.set_dma(false);
-        Ok(VirtioPci { kind, core, config, msix, irq, window_cap, window: Mutex::new(()) })
+        let bells = Bells::new(Arc::new(NoDoorbells));
+        Ok(VirtioPci { kind, bells, core, config, msix, irq, window_cap, window: Mutex::new(()) })
+    }
+
+    /// Have doorbells connected to the I/O threads by `sink`, while the driver uses the device. Before it is put on a bus.
+    #[must_use]
+    pub fn with_doorbells(self, sink: Arc<dyn DoorbellSink>) -> VirtioPci {
+        VirtioPci { bells: Bells::new(sink), ..self }
     }
 
     /// The device behind the transport: pause, resume, doorbell descriptors.
@@ -137,7 +150,7 @@ impl VirtioPci {
         &self.core
     }
 
-    /// Where a queue's doorbell is in its BAR, for engines that ring it from the kernel: (BAR, offset).
+    /// Where a queue's doorbell is: BAR, and offset in it.
     pub fn doorbell(queue: u16) -> (u8, u64) {
         (BAR, NOTIFY_AT + u64::from(queue) * u64::from(NOTIFY_MULTIPLIER))
     }
@@ -145,6 +158,7 @@ impl VirtioPci {
     fn reset_device(&self) {
         self.core.reset();
         self.irq.reset();
+        self.bells.follow(&self.core);
     }
 
     /// The guest reaches a BAR through configuration space (virtio 1.3 section 4.1.4.9). Gives the access if it is
@@ -254,6 +268,12 @@ impl PciFunction for VirtioPci {
         self.config.bars()
     }
 
+    fn mapped(&self, bar: u8, base: Option<u64>) {
+        if bar == BAR {
+            self.bells.moved(base, &self.core);
+        }
+    }
+
     fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
         if self.msix.bar_read(bar, offset, data) {
             return;
@@ -313,6 +333,7 @@ impl PciFunction for VirtioPci {
         }
         self.irq.load(&saved.vectors, saved.isr);
         self.core.set_dma(self.config.bus_master());
+        self.bells.follow(&self.core);
         Ok(())
     }
 }

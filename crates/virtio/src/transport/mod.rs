@@ -154,6 +154,11 @@ impl Core {
         self.signals.kicks().get(usize::from(queue)).cloned()
     }
 
+    /// The queues that are being served.
+    pub fn served_queues(&self) -> Vec<u16> {
+        (0..).zip(&self.lanes).filter_map(|(n, lane)| read_lane(lane).is_some().then_some(n)).collect()
+    }
+
     /// What made the device need a reset, in words.
     pub fn fault(&self) -> Option<String> {
         self.fault.text()

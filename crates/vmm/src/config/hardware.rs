@@ -253,7 +253,7 @@ pub enum KvmIrqchip {
 }
 
 /// How KVM is used.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct KvmConfig {
     /// Where I/O APIC, 8259 and 8254 are.
@@ -262,6 +262,34 @@ pub struct KvmConfig {
     pub dirty_ring: Option<u32>,
     /// How long a halted vCPU's thread watches for interrupts before it sleeps, in nanoseconds.
     pub halt_poll_ns: Option<u32>,
+    /// Doorbells go to the devices' I/O threads without an exit to the vCPU's, where KVM can do that.
+    #[serde(skip_serializing_if = "is_on")]
+    pub ioeventfd: bool,
+    /// Busy interrupts are raised by event descriptors, where KVM can do that.
+    #[serde(skip_serializing_if = "is_on")]
+    pub irqfd: bool,
+    /// Stores without immediate effect wait for the next exit, where KVM can do that.
+    #[serde(skip_serializing_if = "is_on")]
+    pub coalesce: bool,
+}
+
+impl Default for KvmConfig {
+    fn default() -> KvmConfig {
+        KvmConfig {
+            irqchip: KvmIrqchip::default(),
+            dirty_ring: None,
+            halt_poll_ns: None,
+            ioeventfd: true,
+            irqfd: true,
+            coalesce: true,
+        }
+    }
+}
+
+/// Left out of saved configurations, which then are read by versions that do not know the switch.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes fields by reference")]
+fn is_on(switch: &bool) -> bool {
+    *switch
 }
 
 /// A time with its unit; plain numbers are nanoseconds.
@@ -298,10 +326,13 @@ impl KvmConfig {
                         v => return Err(ParseError(format!("irqchip={v}: give split or kernel"))),
                     }
                 }
+                "ioeventfd" => config.ioeventfd = switch(key, value)?,
+                "irqfd" => config.irqfd = switch(key, value)?,
+                "coalesce" => config.coalesce = switch(key, value)?,
                 "halt-poll" => config.halt_poll_ns = Some(nanoseconds(key, need(key, value)?)?),
                 _ => {
                     return Err(ParseError(format!(
-                        "kvm has no option '{key}'; it has irqchip=split|kernel, dirty-ring=ENTRIES and halt-poll=TIME"
+                        "kvm has no option '{key}'; it has irqchip=split|kernel, dirty-ring=ENTRIES, halt-poll=TIME, ioeventfd=off, irqfd=off and coalesce=off"
                     )));
                 }
             }
@@ -372,7 +403,20 @@ mod tests {
         let k = KvmConfig::from_options("irqchip=kernel,dirty-ring=4096,halt-poll=200us").unwrap();
         assert_eq!(k.irqchip, KvmIrqchip::Kernel);
         assert_eq!((k.dirty_ring, k.halt_poll_ns), (Some(4096), Some(200_000)));
-        for bad in ["", "irqchip=half", "halt-poll=5h", "halt-poll=5000ms", "dirty-ring=big", "tier=interp"] {
+        assert!(k.ioeventfd && k.irqfd && k.coalesce);
+        let k = KvmConfig::from_options("ioeventfd=off,irqfd=off,coalesce=off").unwrap();
+        assert!(!k.ioeventfd && !k.irqfd && !k.coalesce);
+        let json = serde_json::to_string(&KvmConfig::default()).unwrap();
+        assert!(!json.contains("eventfd"), "{json}");
+        for bad in [
+            "",
+            "irqfd=maybe",
+            "irqchip=half",
+            "halt-poll=5h",
+            "halt-poll=5000ms",
+            "dirty-ring=big",
+            "tier=interp",
+        ] {
             assert!(KvmConfig::from_options(bad).is_err(), "{bad}");
         }
     }
