@@ -168,6 +168,15 @@ pub trait BlockBackend: Send + Sync {
         Ok(Status { len, zero: false, data: true, compressed: false, present: true, depth: 0, offset: None })
     }
 
+    /// [`flush`](Self::flush), and leave nothing to be written later: until the next request that changes the disk its
+    /// files stay as they are, also when the back end goes.
+    ///
+    /// # Errors
+    /// The host's.
+    fn come_to_rest(&self) -> io::Result<()> {
+        self.flush()
+    }
+
     /// Change the size to `size` bytes, a multiple of [`SECTOR_SIZE`]. What is new reads as zeroes.
     ///
     /// # Errors

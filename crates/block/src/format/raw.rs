@@ -159,10 +159,9 @@ impl BlockBackend for Raw {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         // Growing: the file first; shrinking: nobody may look at what goes away.
-        if size < self.size() {
-            self.size.store(size, Ordering::Release);
-        }
-        self.storage.resize(size)?;
+        let old = self.size();
+        self.size.store(size.min(old), Ordering::Release);
+        self.storage.resize(size).inspect_err(|_| self.size.store(old, Ordering::Release))?;
         self.size.store(size, Ordering::Release);
         Ok(())
     }

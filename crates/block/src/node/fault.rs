@@ -100,6 +100,9 @@ impl BlockBackend for Faulty {
     fn status(&self, offset: u64, len: u64) -> io::Result<Status> {
         self.below.status(offset, len)
     }
+    fn come_to_rest(&self) -> io::Result<()> {
+        self.below.come_to_rest()
+    }
     fn resize(&self, size: u64) -> io::Result<()> {
         self.check(|f| f.write)?;
         self.below.resize(size)

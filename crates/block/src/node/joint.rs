@@ -93,6 +93,9 @@ impl BlockBackend for Joint {
         let _shared = self.gate.share();
         self.below().status(offset, len)
     }
+    fn come_to_rest(&self) -> io::Result<()> {
+        self.below().come_to_rest()
+    }
     fn resize(&self, size: u64) -> io::Result<()> {
         let _shared = self.gate.share();
         self.below().resize(size)

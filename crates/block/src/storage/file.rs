@@ -1,6 +1,8 @@
 //! Files and block devices.
 
 use super::direct::Direct;
+#[cfg(test)]
+use super::hook::{Change, Hook};
 use super::lock::{self, Access, LockError};
 use crate::{BlockError, Located, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, total, total_mut};
 use std::fs::{File, OpenOptions};
@@ -49,6 +51,8 @@ pub struct FileStorage {
     /// Whether it can punch holes, and zero ranges.
     punch: AtomicBool,
     zero_range: AtomicBool,
+    #[cfg(test)]
+    hook: Option<Hook>,
 }
 
 impl FileStorage {
@@ -138,6 +142,8 @@ impl FileStorage {
             syncs: true,
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
+            #[cfg(test)]
+            hook: None,
         })
     }
 
@@ -156,6 +162,8 @@ impl FileStorage {
             nowait: AtomicBool::new(true),
             punch: AtomicBool::new(true),
             zero_range: AtomicBool::new(true),
+            #[cfg(test)]
+            hook: None,
         }
     }
 
@@ -164,6 +172,17 @@ impl FileStorage {
     #[must_use]
     pub fn without_syncs(self) -> FileStorage {
         FileStorage { syncs: false, ..self }
+    }
+
+    /// The same file, of whose changes `hook` hears.
+    #[cfg(test)]
+    pub(crate) fn hooked(self, hook: Hook) -> FileStorage {
+        FileStorage { hook: Some(hook), ..self }
+    }
+
+    #[cfg(test)]
+    fn tell(&self, change: impl FnOnce() -> Change) -> io::Result<()> {
+        self.hook.as_ref().map_or(Ok(()), |hook| hook(change()))
     }
 
     /// What tells this file from all others: device and inode.
@@ -306,6 +325,8 @@ impl FileStorage {
     /// # Errors
     /// The host's.
     pub fn reserve(&self, len: u64) -> io::Result<()> {
+        #[cfg(test)]
+        self.tell(|| Change::Length(len.max(self.len())))?;
         if len > 0 {
             let len = check_offset(len)?;
             let _alone = self.direct.as_ref().map(Direct::alone);
@@ -323,6 +344,12 @@ impl FileStorage {
     /// # Errors
     /// The host's.
     pub fn write(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
+        #[cfg(test)]
+        self.tell(|| {
+            let mut bytes = vec![0; total(bufs) as usize];
+            crate::gather(bufs, &mut bytes);
+            Change::Write(offset, bytes)
+        })?;
         match &self.direct {
             Some(d) => d.write(&self.file, bufs, offset)?,
             None => write_fd(&self.file, bufs, offset)?,
@@ -336,17 +363,28 @@ impl FileStorage {
     /// # Errors
     /// The host's.
     pub fn sync(&self) -> io::Result<()> {
+        #[cfg(test)]
+        self.tell(|| Change::Sync)?;
         if self.read_only || !self.syncs { Ok(()) } else { self.file.sync_data() }
     }
 
-    /// Make a file longer (with zeroes) or shorter. A block device keeps its size.
+    /// Make a file longer (with zeroes) or shorter. A block device has the size that its host gave it; this finds out
+    /// that it has another one now.
     ///
     /// # Errors
-    /// The host's; [`io::ErrorKind::Unsupported`] for a block device.
+    /// The host's; [`io::ErrorKind::Unsupported`] for a size that a block device does not have.
     pub fn resize(&self, len: u64) -> io::Result<()> {
         if self.block_device {
-            return Err(io::ErrorKind::Unsupported.into());
+            let (now, ..) = block_device_facts(&self.file, true)?;
+            if len != now {
+                let what = format!("the block device has {now} bytes, which only its host can change");
+                return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+            }
+            self.len.store(len, Ordering::Release);
+            return Ok(());
         }
+        #[cfg(test)]
+        self.tell(|| Change::Length(len))?;
         let _alone = self.direct.as_ref().map(Direct::alone);
         self.file.set_len(len)?;
         self.len.store(len, Ordering::Release);
@@ -395,6 +433,8 @@ impl FileStorage {
         if self.block_device && !(offset | len).is_multiple_of(unit) {
             return Ok(false);
         }
+        #[cfg(test)]
+        self.tell(|| Change::Zero(offset, len))?;
         loop {
             // SAFETY: plain numbers on an open descriptor.
             let r = unsafe {

@@ -2,6 +2,8 @@
 
 mod direct;
 mod file;
+#[cfg(test)]
+pub(crate) mod hook;
 mod lock;
 mod new;
 #[cfg(test)]

@@ -365,6 +365,17 @@ impl Core {
         }
     }
 
+    /// Do `work` while no request is under way; afterwards the device is served again if it was before.
+    pub fn while_paused<T>(&self, work: impl FnOnce() -> T) -> T {
+        let was_paused = lock(&self.life).paused;
+        self.pause();
+        let done = work();
+        if !was_paused {
+            self.resume();
+        }
+        done
+    }
+
     /// Go on after [`pause`](Self::pause) or [`load`](Self::load).
     pub fn resume(&self) {
         let mut life = lock(&self.life);

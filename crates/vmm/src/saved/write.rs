@@ -149,7 +149,7 @@ impl Machine {
         }
         for ((n, disk), open) in (0..).zip(&self.config.disks).zip(&self.disks) {
             let named = |e: String| VmmError::State(format!("cannot save the state: disk {e}"));
-            open.backend.flush().map_err(|e| named(format!("{}: {e}", disk.path.display())))?;
+            open.backend.come_to_rest().map_err(|e| named(format!("{}: {e}", disk.path.display())))?;
             let state = DiskState::of(&disk.path, open).map_err(named)?;
             w.section(&Section::new(DISK.0, n, DISK.1, &state)).map_err(fail)?;
         }

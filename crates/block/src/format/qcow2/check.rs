@@ -455,6 +455,13 @@ impl Qcow2 {
         r: &mut Report,
         repair: Repair,
     ) -> io::Result<()> {
+        // Refcounts that were too high and are mended may leave flags behind that fit the old ones: safe to mend if all else
+        // is right (as in QEMU).
+        let mend = match repair {
+            Repair::None => false,
+            Repair::Leaks => r.corruptions == 0 && r.check_errors == 0 && r.leaks == r.leaks_fixed,
+            Repair::All => true,
+        };
         let words = m.header.l2_words();
         let cluster = self.shape.cluster;
         // A count that cannot be read is reported already.
@@ -474,7 +481,7 @@ impl Qcow2 {
                 r.corrupt(format!(
                     "OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={refcount}"
                 ));
-                if repair == Repair::All {
+                if mend {
                     m.l1[i] = entry ^ COPIED;
                     m.l1_dirty.insert(i);
                     r.corruptions_fixed += 1;
@@ -494,7 +501,7 @@ impl Qcow2 {
                     continue;
                 }
                 r.corrupt(format!("OFLAG_COPIED data cluster: l2_entry={desc:x} refcount={refcount}"));
-                if let (Repair::All, Ok(Some(table))) = (repair, m.table(i as u64, &self.file)) {
+                if let (true, Ok(Some(table))) = (mend, m.table(i as u64, &self.file)) {
                     table.set_word(e * words, desc ^ COPIED);
                     r.corruptions_fixed += 1;
                 }

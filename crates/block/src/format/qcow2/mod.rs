@@ -235,6 +235,17 @@ impl Qcow2 {
     /// Everything to be written is copied under the lock, as of one moment; requests go on while the copies are
     /// written. The order: refcounts (with all data), then L2 tables, then the L1 table; a barrier between each.
     fn commit(&self) -> io::Result<()> {
+        self.commit_in_order(false)
+    }
+
+    /// As [`commit`](Self::commit) for changes that lower refcounts of clusters that stay in use: the tables first, then
+    /// the refcounts. If it ends half way these are too high, which `check -r leaks` mends; lowered first, they would not
+    /// fit the tables' flags, which it does not.
+    fn commit_lowered(&self) -> io::Result<()> {
+        self.commit_in_order(true)
+    }
+
+    fn commit_in_order(&self, tables_first: bool) -> io::Result<()> {
         let _one = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
         self.overdue.store(false, Ordering::Relaxed);
         if let Some(d) = &self.data {
@@ -255,13 +266,16 @@ impl Qcow2 {
             l1 = std::mem::take(&mut m.l1_dirty);
             pending = std::mem::take(&mut m.pending);
         }
-        let written = (|| {
+        let write_counts = || {
             write_pieces(&self.file, &counts)?;
             self.file.sync()?;
             if let Some((at, bytes)) = &reftable {
                 self.file.write(&[SharedSlice::new(bytes)], *at)?;
                 self.file.sync()?;
             }
+            Ok(())
+        };
+        let write_tables = || {
             if !tables.is_empty() {
                 write_pieces(&self.file, &tables)?;
                 self.file.sync()?;
@@ -276,7 +290,11 @@ impl Qcow2 {
                 self.file.sync()?;
             }
             Ok(())
-        })();
+        };
+        let written: io::Result<()> = match tables_first {
+            false => write_counts().and_then(|()| write_tables()),
+            true => write_tables().and_then(|()| write_counts()),
+        };
         {
             let mut m = self.meta();
             m.refblocks.end_write(&taken_counts, written.is_ok());
@@ -346,10 +364,7 @@ impl Qcow2 {
     /// # Errors
     /// The host's.
     pub fn close(self) -> io::Result<()> {
-        self.end_recording()?;
-        BlockBackend::flush(&self)?;
-        // Refcounts that went down after the last table was written.
-        if self.read_only { Ok(()) } else { self.commit() }
+        self.come_to_rest()
     }
 }
 
@@ -426,6 +441,19 @@ impl BlockBackend for Qcow2 {
 
     fn flush(&self) -> io::Result<()> {
         if self.read_only { Ok(()) } else { self.commit() }
+    }
+
+    fn come_to_rest(&self) -> io::Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.end_recording()?;
+        self.commit()?;
+        // Refcounts that go down once no table on disk names their clusters.
+        while self.unsettled() {
+            self.commit()?;
+        }
+        Ok(())
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {

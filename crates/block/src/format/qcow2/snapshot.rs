@@ -302,7 +302,7 @@ impl Qcow2 {
             self.mend_flags(&mut m)?;
         }
         self.unpacked.clear();
-        self.commit()?;
+        self.commit_lowered()?;
         self.commit()
     }
 
@@ -360,7 +360,7 @@ impl Qcow2 {
         }
         self.unpacked.clear();
         self.size.store(s.disk_size.next_multiple_of(crate::SECTOR_SIZE), Ordering::Release);
-        self.commit()?;
+        self.commit_lowered()?;
         self.commit()
     }
 }

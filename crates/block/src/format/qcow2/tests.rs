@@ -1,5 +1,7 @@
 //! Against a model, and against qemu-img.
 
+mod faults;
+
 use super::check::Repair;
 use super::*;
 use crate::format::{Format, Raw};
