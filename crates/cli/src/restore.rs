@@ -49,6 +49,9 @@ pub struct RestoreArgs {
     /// Wait for gdb, as for `ringfort run`
     #[arg(long, value_name = "[HOST]:PORT|unix:PATH|dev:PATH[,wait=off]")]
     gdb: Option<GdbOption>,
+    /// Take commands in QEMU's machine protocol (QMP) at this unix socket, as for `ringfort run`
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    control: Option<PathBuf>,
 }
 
 const AFTER: &str = "\
@@ -71,11 +74,13 @@ fn moved(text: &str) -> Result<(usize, PathBuf), String> {
 impl RestoreArgs {
     /// Do it.
     pub fn run(self) -> ExitCode {
-        let stats = self.stats.clone();
+        let (stats, control) = (self.stats.clone(), self.control.clone());
         match self.prepare() {
             Ok((saved, save, gdb)) => {
                 let config = saved.config.clone();
-                run::start(&config, Options { save, restore: Some(saved), gdb, stats, ..Options::default() })
+                let options =
+                    Options { save, restore: Some(saved), gdb, control, stats, ..Options::default() };
+                run::start(&config, options)
             }
             Err(e) => exit::usage(&e.to_string()),
         }

@@ -76,6 +76,9 @@ pub struct RunArgs {
     /// Wait for gdb (`target remote ADDRESS`), which has the vCPUs as threads; wait=off: let the guest run meanwhile
     #[arg(long, value_name = "[HOST]:PORT|unix:PATH|dev:PATH[,wait=off]")]
     pub gdb: Option<GdbOption>,
+    /// Take commands in QEMU's machine protocol (QMP) at this unix socket
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    control: Option<PathBuf>,
 }
 
 const AFTER: &str = "\
@@ -128,6 +131,10 @@ Keys of --disk, as QEMU's -drive has them (the first value is the default):
                           when the host fails: tell the guest, or stop it until the host is mended; enospc stops it
                           for want of space only, and it goes on by itself once there is some
 
+Commands at the control socket (--control), one JSON object each, after {\"execute\":\"qmp_capabilities\"}:
+  block_resize {\"device\":\"virtio0\",\"size\":BYTES}   another size for the first disk; the guest hears of it
+  query-block  query-status  query-name  query-version  query-commands  cont  system_powerdown  system_reset  quit
+
 Exit status:
   0  the guest powered off, Ctrl-A x or s     3  the guest reset (--no-reboot)
   1  Ringfort failed                         4  the guest panicked
@@ -153,13 +160,13 @@ impl RunArgs {
         if self.cpu == "help" {
             return cpu_help();
         }
-        let (save, gdb) = (self.save.clone(), self.gdb.clone());
+        let (save, gdb, control) = (self.save.clone(), self.gdb.clone(), self.control.clone());
         let (stats, jit_perf_map) = (self.stats.clone(), self.jit_perf_map);
         let config = match self.config() {
             Ok(c) => c,
             Err(message) => return exit::usage(&message),
         };
-        start(&config, Options { save, gdb, stats, jit_perf_map, ..Options::default() })
+        start(&config, Options { save, gdb, control, stats, jit_perf_map, ..Options::default() })
     }
 
     fn config(self) -> Result<VmConfig, String> {

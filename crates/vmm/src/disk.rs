@@ -57,7 +57,8 @@ pub fn open(
         StorageOptions { read_only: options.read_only, direct: options.direct, lock: options.lock },
     )
     .map_err(text)?;
-    if options.format.is_none() && !options.read_only && detect(&storage).map_err(text)? == Format::Raw {
+    let format = options.format.map_or_else(|| detect(&storage).map_err(text), Ok)?;
+    if options.format.is_none() && !options.read_only && format == Format::Raw {
         say(&format!(
             "disk {}: no format given, taken as raw; the guest may not write what would make it look like another \
              format (format=raw allows that)",
@@ -71,7 +72,7 @@ pub fn open(
         overlay = Some(layer.clone());
         backend = layer;
     }
-    let open = OpenDisk { backend: backend.clone(), overlay };
+    let open = OpenDisk { backend: backend.clone(), overlay, format };
     let mut tuned = Tuned::new(backend.clone());
     tuned.no_flush = disk.cache == CacheMode::Unsafe;
     // A throw-away layer gives space back in any case: nobody counts on what it has.

@@ -54,6 +54,9 @@ pub enum VmmError {
     /// gdb cannot be listened for.
     #[error("--gdb: {0}")]
     Gdb(io::Error),
+    /// The control socket cannot be had.
+    #[error("--control: {0}")]
+    Control(io::Error),
     /// The engine failed while the guest ran.
     #[error("{0}")]
     Engine(#[from] EngineError),

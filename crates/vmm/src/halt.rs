@@ -85,6 +85,16 @@ impl Halt {
         (Act::Resume, None)
     }
 
+    /// Whether the machine is kept from running.
+    pub fn stands(&self) -> bool {
+        self.trouble.is_some() && self.trial.is_none()
+    }
+
+    /// The trouble of the disk in file `disk` that the machine stands for, if any: whether it is a lack of space.
+    pub fn trouble_of(&self, disk: &str) -> Option<bool> {
+        self.trouble.as_ref().filter(|t| t.disk == disk).map(|t| t.full)
+    }
+
     /// The machine starts over.
     pub fn forget(&mut self) {
         *self = Halt::default();

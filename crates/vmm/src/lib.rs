@@ -6,6 +6,7 @@
 
 pub mod chardev;
 pub mod config;
+pub mod control;
 pub mod disk;
 mod engine;
 mod error;

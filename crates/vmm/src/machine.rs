@@ -51,6 +51,7 @@ pub struct Machine {
     pub(crate) pc: Arc<Pc>,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) vcpus: Vcpus,
+    /// Disks first, in the order of the configuration.
     virtio: Vec<Arc<VirtioPci>>,
     /// Network cards, in the order of the configuration.
     cards: Vec<Card>,
@@ -283,18 +284,30 @@ impl Machine {
     }
 
     /// Change the size of disk `number`, in the order of the configuration, to `bytes` (a multiple of 512) and tell its
-    /// driver. The machine may run or stand.
+    /// driver. The machine may run or stand; no request is under way meanwhile.
     ///
     /// # Errors
     /// [`VmmError::Disk`]: no such disk, or its image cannot have that size; then nothing has changed.
     pub fn resize_disk(&self, number: usize, bytes: u64) -> Result<(), VmmError> {
-        let (Some(blk), Some(disk)) = (self.blks.get(number), self.config.disks.get(number)) else {
+        let found = self.blks.get(number).zip(self.virtio.get(number)).zip(self.config.disks.get(number));
+        let Some(((blk, place), disk)) = found else {
             let count = self.blks.len();
             return Err(VmmError::Disk(format!("there is no disk number {number}; the machine has {count}")));
         };
         let path = disk.path.display();
-        blk.resize(bytes)
-            .map_err(|e| VmmError::Disk(format!("{path}: cannot be resized to {bytes} bytes: {e}")))
+        let fail = |why: &dyn std::fmt::Display| {
+            VmmError::Disk(format!("{path}: cannot be resized to {bytes} bytes: {why}"))
+        };
+        if bytes == 0 || !bytes.is_multiple_of(512) || bytes > i64::MAX as u64 {
+            return Err(fail(&"give a multiple of 512"));
+        }
+        if disk.readonly {
+            return Err(fail(&"the machine has it readonly=on"));
+        }
+        if disk.snapshot {
+            return Err(fail(&"a throw-away layer (snapshot=on) keeps its size"));
+        }
+        place.core().while_paused(|| blk.resize(bytes)).map_err(|e| fail(&e))
     }
 
     /// Press the power button.

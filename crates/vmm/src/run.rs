@@ -2,6 +2,7 @@
 
 use crate::chardev::{Chardev, Command};
 use crate::config::{Serial, VmConfig};
+use crate::control;
 use crate::disk::{DiskTrouble, OnTrouble};
 use crate::error::VmmError;
 use crate::gdb::{After, GdbEvent, GdbOption, Server, Session};
@@ -46,6 +47,7 @@ enum Event {
     Disk(DiskTrouble),
     Vcpu(usize, VcpuEvent),
     Gdb(GdbEvent),
+    Control(control::Request),
     Signal,
     SaveSignal,
 }
@@ -53,7 +55,10 @@ enum Event {
 impl Event {
     /// Whether it comes from the user and not from the guest.
     fn is_from_user(&self) -> bool {
-        matches!(self, Event::Command(_) | Event::Signal | Event::SaveSignal | Event::Gdb(_))
+        matches!(
+            self,
+            Event::Command(_) | Event::Signal | Event::SaveSignal | Event::Gdb(_) | Event::Control(_)
+        )
     }
 }
 
@@ -106,6 +111,8 @@ pub struct Options {
     pub jit_perf_map: bool,
     /// Listen for gdb.
     pub gdb: Option<GdbOption>,
+    /// The control socket's name.
+    pub control: Option<PathBuf>,
 }
 
 /// Build the machine, run it to its end.
@@ -141,7 +148,7 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     // Said once the machine stands, so that a mistake is told alone.
     let mut remarks = Vec::new();
     let mut remark = |line: &str| remarks.push(line.to_owned());
-    let Options { save, mut restore, gdb, stats, jit_perf_map } = options;
+    let Options { save, mut restore, gdb, control, stats, jit_perf_map } = options;
     if jit_perf_map {
         ringfort_engine_soft::perf_map::enable().map_err(host("making the perf map"))?;
     }
@@ -153,6 +160,14 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
         Some(g) => {
             let from_gdb = post.clone();
             Some(Server::start(&g.address, move |e| from_gdb.send(Event::Gdb(e))).map_err(VmmError::Gdb)?)
+        }
+    };
+    let _control = match &control {
+        None => None,
+        Some(path) => {
+            let from_control = post.clone();
+            let ask = move |r| from_control.send(Event::Control(r));
+            Some(control::Server::start(path, ask).map_err(VmmError::Control)?)
         }
     };
     let lines = Lines { serial, console };
@@ -231,6 +246,26 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                     if session.as_mut().is_some_and(|s| s.stopped(vcpu, stop) == After::Kill) {
                         machine.pause();
                         return Ok(Outcome::Quit);
+                    }
+                }
+                Next::Control(request) => {
+                    match request.command.run(&machine, &halt, session.as_ref().is_some_and(Session::holds)) {
+                        Some(answer) => request.answer(answer),
+                        None => {
+                            let wanted = match request.command {
+                                control::Command::Continue => Command::Continue,
+                                control::Command::PowerButton => Command::PowerButton,
+                                control::Command::Reset => Command::Reset,
+                                _ => Command::Quit,
+                            };
+                            let done = Ok(serde_json::json!({}));
+                            if wanted == Command::Quit {
+                                request.last_answer(done);
+                            } else {
+                                request.answer(done);
+                            }
+                            waiting.push_back(Event::Command(wanted));
+                        }
                     }
                 }
                 Next::Fail(e) => {
@@ -312,6 +347,7 @@ enum Next {
     End(Outcome),
     Fail(VmmError),
     Gdb(GdbEvent),
+    Control(control::Request),
     Stopped(usize, DebugStop),
     PowerButton,
     ToggleLink,
@@ -340,6 +376,7 @@ fn next(config: &VmConfig, event: Event) -> Next {
         Event::Vcpu(_, VcpuEvent::Shutdown) => reset,
         Event::Vcpu(vcpu, VcpuEvent::Debug(stop)) => Next::Stopped(vcpu, stop),
         Event::Gdb(event) => Next::Gdb(event),
+        Event::Control(request) => Next::Control(request),
         Event::Vcpu(_, VcpuEvent::Failed(e)) => Next::Fail(e.into()),
     }
 }

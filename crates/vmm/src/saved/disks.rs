@@ -1,7 +1,7 @@
 //! Disks beside a saved state: their files are not part of it, but must be as they were.
 
 use crate::config::Disk;
-use ringfort_block::{BlockBackend, Overlay, SharedSlice};
+use ringfort_block::{BlockBackend, Format, Overlay, SharedSlice};
 use ringfort_state::{Chunk, PagesReader, PagesWriter, StateError};
 use serde::{Deserialize, Serialize};
 use std::io::Read;
@@ -15,6 +15,8 @@ pub struct OpenDisk {
     pub backend: Arc<dyn BlockBackend>,
     /// Its throw-away layer, if it has one.
     pub overlay: Option<Arc<Overlay>>,
+    /// What its file was taken for.
+    pub format: Format,
 }
 
 /// How a disk stood when a machine was saved.

@@ -1,0 +1,175 @@
+//! The commands, and how they are written (QEMU qapi/block-core.json, qapi/run-state.json, qapi/machine.json).
+
+use super::{Answer, Refusal, version};
+use crate::config::Disk;
+use crate::halt::Halt;
+use crate::machine::Machine;
+use crate::saved::OpenDisk;
+use ringfort_block::node::{Bucket, CacheMode};
+use serde_json::{Value, json};
+
+/// What the machine is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// `query-commands`.
+    Commands,
+    /// `query-version`.
+    Version,
+    /// `query-name`.
+    Name,
+    /// `query-status`: whether it runs.
+    Status,
+    /// `query-block`: its disks.
+    Disks,
+    /// `block_resize`: give a disk another size, and tell the guest.
+    ResizeDisk {
+        /// Number of the disk, in the order of the command line.
+        disk: usize,
+        /// Bytes.
+        size: u64,
+    },
+    /// `cont`: try again what failed on a disk.
+    Continue,
+    /// `system_powerdown`: press the power button.
+    PowerButton,
+    /// `system_reset`.
+    Reset,
+    /// `quit`: stop the machine and end.
+    Quit,
+}
+
+/// The names of all commands.
+const NAMES: [&str; 11] = [
+    "qmp_capabilities",
+    "query-commands",
+    "query-version",
+    "query-name",
+    "query-status",
+    "query-block",
+    "block_resize",
+    "cont",
+    "system_powerdown",
+    "system_reset",
+    "quit",
+];
+
+/// What disks are called.
+const DISK: &str = "virtio";
+
+impl Command {
+    /// Understand what a client sent. `None` when the client only `negotiated`.
+    ///
+    /// # Errors
+    /// What the client is told.
+    pub fn read(value: &Value, negotiated: &mut bool) -> Result<Option<Command>, Refusal> {
+        let name = value
+            .get("execute")
+            .and_then(Value::as_str)
+            .ok_or_else(|| Refusal::new("a command is an object with 'execute' and a command's name"))?;
+        let none = json!({});
+        let arguments = value.get("arguments").unwrap_or(&none);
+        let given = arguments.as_object().ok_or_else(|| Refusal::new("'arguments' is to be an object"))?;
+        let unknown = |what: String| Err(Refusal::class("CommandNotFound", what));
+        if !*negotiated && name != "qmp_capabilities" {
+            return unknown(format!("'{name}': say qmp_capabilities first"));
+        }
+        let known: &[&str] = match name {
+            "block_resize" => &["device", "node-name", "size"],
+            "qmp_capabilities" => &["enable"],
+            _ => &[],
+        };
+        if let Some(other) = given.keys().find(|k| !known.contains(&k.as_str())) {
+            return Err(Refusal::new(format!("{name} takes no '{other}'")));
+        }
+        Ok(Some(match name {
+            "qmp_capabilities" => {
+                *negotiated = true;
+                return Ok(None);
+            }
+            "query-commands" => Command::Commands,
+            "query-version" => Command::Version,
+            "query-name" => Command::Name,
+            "query-status" => Command::Status,
+            "query-block" => Command::Disks,
+            "block_resize" => {
+                let device =
+                    given
+                        .get("device")
+                        .or_else(|| given.get("node-name"))
+                        .and_then(Value::as_str)
+                        .ok_or_else(|| Refusal::new("block_resize needs 'device', for instance virtio0"))?;
+                let disk = device.strip_prefix(DISK).and_then(|n| n.parse().ok()).ok_or_else(|| {
+                    Refusal::class("DeviceNotFound", format!("no device {device:?}; query-block lists them"))
+                })?;
+                let size = given
+                    .get("size")
+                    .and_then(Value::as_u64)
+                    .ok_or_else(|| Refusal::new("block_resize needs 'size', a number of bytes"))?;
+                Command::ResizeDisk { disk, size }
+            }
+            "cont" => Command::Continue,
+            "system_powerdown" => Command::PowerButton,
+            "system_reset" => Command::Reset,
+            "quit" => Command::Quit,
+            other => return unknown(format!("no command {other}; query-commands lists them")),
+        }))
+    }
+
+    /// Do it, if it needs the machine alone; `None` for what the main loop does.
+    pub(crate) fn run(&self, machine: &Machine, halt: &Halt, debugged: bool) -> Option<Answer> {
+        Some(Ok(match self {
+            Command::Commands => NAMES.iter().map(|n| json!({ "name": n })).collect(),
+            Command::Version => version(),
+            Command::Name => json!({ "name": machine.config.name }),
+            Command::Status => {
+                let status = match (halt.stands(), debugged) {
+                    (true, _) => "io-error",
+                    (_, true) => "debug",
+                    _ => "running",
+                };
+                json!({ "running": status == "running", "status": status })
+            }
+            Command::Disks => {
+                let disks = machine.config.disks.iter().zip(&machine.disks);
+                disks.enumerate().map(|(n, (disk, open))| describe(n, disk, open, halt)).collect()
+            }
+            Command::ResizeDisk { disk, size } => {
+                return Some(match machine.resize_disk(*disk, *size) {
+                    Ok(()) => Ok(json!({})),
+                    Err(crate::VmmError::Disk(what)) => Err(Refusal::new(what)),
+                    Err(e) => Err(Refusal::new(e.to_string())),
+                });
+            }
+            Command::Continue | Command::PowerButton | Command::Reset | Command::Quit => return None,
+        }))
+    }
+}
+
+/// A disk as `query-block` tells of it.
+fn describe(n: usize, disk: &Disk, open: &OpenDisk, halt: &Halt) -> Value {
+    let path = disk.path.display().to_string();
+    let (format, size) = (open.format.name(), open.backend.size());
+    let rate = |b: &Bucket| b.avg;
+    let t = &disk.throttle;
+    let full = halt.trouble_of(&path);
+    json!({
+        "device": format!("{DISK}{n}"),
+        "type": "unknown",
+        "removable": false,
+        "locked": false,
+        "io-status": match full { None => "ok", Some(true) => "nospace", Some(false) => "failed" },
+        "inserted": {
+            "file": path,
+            "ro": disk.readonly,
+            "drv": format,
+            "image": { "filename": path, "format": format, "virtual-size": size },
+            "cache": {
+                "writeback": !disk.cache.is_write_through(),
+                "direct": disk.cache.is_direct(),
+                "no-flush": disk.cache == CacheMode::Unsafe,
+            },
+            "bps": rate(&t.bps), "bps_rd": rate(&t.bps_rd), "bps_wr": rate(&t.bps_wr),
+            "iops": rate(&t.iops), "iops_rd": rate(&t.iops_rd), "iops_wr": rate(&t.iops_wr),
+        },
+    })
+}
