@@ -106,7 +106,9 @@ impl ActiveQueue {
     }
 
     fn serve_queue(&self, queue: &mut Queue) {
-        if self.outside().is_some() {
+        if let Some(kick) = self.outside() {
+            // The engine's doorbell rings this process's thread: it is for whoever has the queue.
+            let _ = kick.write(1);
             return;
         }
         // Also while paused or broken: what is finished may be what others wait for.
