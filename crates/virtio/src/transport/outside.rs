@@ -227,7 +227,9 @@ mod tests {
         };
         while kick.read().is_ok() {}
         rig.send(1, &[(BUFFERS, 80, false)]);
-        assert_eq!((kick.read().unwrap(), wire.sent.load(Ordering::SeqCst)), (1, 0));
+        // The I/O thread may pass on what it was rung for at the start, too.
+        assert!(kick.read().unwrap() >= 1);
+        assert_eq!(wire.sent.load(Ordering::SeqCst), 0);
         // Its calls are interrupts.
         let before = rig.interrupts.count(Some(1));
         call.write(1).unwrap();
