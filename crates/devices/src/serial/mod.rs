@@ -476,7 +476,7 @@ impl Device for Serial {
             Some(at) => self.alarm.arm(at),
             None => self.alarm.cancel(),
         }
-        self.drain();
+        // What waits to be sent stays until `transmit_ready`: its interrupt is none of the saved state's.
         self.update();
         Ok(())
     }

@@ -238,9 +238,11 @@ fn unsent_and_unread_bytes_survive() {
     assert_eq!(lock(&q.out.0).0, b"out");
     assert!(q.wire.high());
     assert_eq!((q.r(0), q.r(0), q.r(2) & 15), (b'i', b'n', 2));
-    // A sink that has room gets them with the load.
+    // A sink that has room gets them afterwards as well: during the load nobody would see the interrupt that says so.
     let mut q = rig();
     q.s.load(&saved).unwrap();
+    assert!(lock(&q.out.0).0.is_empty() && !q.s.is_drained());
+    q.s.transmit_ready();
     assert_eq!(lock(&q.out.0).0, b"out");
     crate::testing::refuses_bad_state(&mut r.s);
 }

@@ -157,6 +157,7 @@ impl KvmVcpu {
         s.xsave = self.read_xsave()?;
         let lapic = self.fd.get_lapic().map_err(host("reading the local APIC"))?;
         s.apic = lapic.regs.iter().map(|&b| b as u8).collect();
+        keep_due_timer(&mut s.apic);
 
         let mut msrs = self.read_msrs(&self.vm.msrs.clone());
         msrs.retain(|m| m.1 != 0 || !zero_is_silent(m.0));
@@ -267,7 +268,12 @@ impl KvmVcpu {
             0 => APIC_BASE_RESET,
             _ => APIC_BASE_RESET & !0x100,
         });
-        self.fd.set_regs(&regs::to_regs(s)).map_err(refused("registers"))?;
+        let mut general = regs::to_regs(s);
+        if s.events.exception.is_some_and(|e| by_instruction(e.vector)) {
+            // RIP is behind the instruction, where its frame points; KVM wants it at the instruction, and steps over it.
+            general.rip = general.rip.wrapping_sub(1);
+        }
+        self.fd.set_regs(&general).map_err(refused("registers"))?;
         self.fd.set_sregs(&regs::to_sregs(s, apic_base)).map_err(refused("system registers"))?;
         if self.vm.fd.check_extension(Cap::Xcrs) {
             let mut x = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
@@ -335,15 +341,35 @@ impl KvmVcpu {
     }
 }
 
+/// Registers of the local APIC's page by their offset (Intel SDM 3A table 12-1): timer entry, initial and current count.
+const LVT_TIMER: usize = 0x320;
+const INITIAL_COUNT: usize = 0x380;
+const CURRENT_COUNT: usize = 0x390;
+
+/// A one-shot count that has run down since the guest was last entered reads as zero, as one that is long over: KVM posts its interrupt only
+/// at the next entry. One count before the end it comes in any case; KVM itself takes it to be due when it is given a zero.
+fn keep_due_timer(page: &mut [u8]) {
+    let word = |at: usize| page.get(at..at + 4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let lvt = word(LVT_TIMER);
+    let one_shot = lvt >> 17 & 3 == 0 && lvt >> 16 & 1 == 0;
+    if one_shot && word(INITIAL_COUNT) != 0 && word(CURRENT_COUNT) == 0 {
+        page[CURRENT_COUNT] = 1;
+    }
+}
+
 fn no_events() -> kvm_vcpu_events {
     to_events(&CpuEvents::default())
+}
+
+/// Exceptions that INT3 and INTO raise, each one byte long; KVM injects them as those instructions.
+fn by_instruction(vector: u8) -> bool {
+    matches!(vector, 3 | 4)
 }
 
 /// KVM's events in our form. `started`: a start-up message is pending.
 fn take_events(e: &kvm_vcpu_events, started: bool) -> CpuEvents {
     // INT n, INT3 and INTO that were about to be delivered are executed again: RIP still points to them.
-    let by_instruction = matches!(e.exception.nr, 3 | 4);
-    let raised = (e.exception.injected != 0 || e.exception.pending != 0) && !by_instruction;
+    let raised = (e.exception.injected != 0 || e.exception.pending != 0) && !by_instruction(e.exception.nr);
     CpuEvents {
         exception: raised.then(|| PendingException {
             vector: e.exception.nr,
@@ -403,6 +429,23 @@ mod tests {
         assert_eq!(take_events(&to_events(&all), true), all);
         let other = CpuEvents { interrupt: Some(0x31), mov_ss_shadow: true, ..CpuEvents::default() };
         assert_eq!(take_events(&to_events(&other), false), other);
+    }
+
+    #[test]
+    fn a_timer_that_is_due_is_not_taken_for_one_that_is_over() {
+        let page = |lvt: u32, initial: u8, current: u8| {
+            let mut p = vec![0; APIC_PAGE];
+            p[LVT_TIMER..LVT_TIMER + 4].copy_from_slice(&lvt.to_le_bytes());
+            (p[INITIAL_COUNT], p[CURRENT_COUNT]) = (initial, current);
+            keep_due_timer(&mut p);
+            p[CURRENT_COUNT]
+        };
+        assert_eq!(page(0xec, 9, 0), 1);
+        assert_eq!(page(0xec, 9, 5), 5);
+        // Stopped, masked, periodic, by TSC deadline.
+        for (lvt, initial) in [(0xec, 0), (0x100ec, 9), (0x200ec, 9), (0x400ec, 9)] {
+            assert_eq!(page(lvt, initial, 0), 0, "{lvt:#x}");
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ impl Cpu {
         let lapic = &self.env.me.lapic;
         let mut page = vec![0; BYTES];
         for n in 0..reg::COUNT {
-            let v = if n == reg::CURRENT_COUNT { self.current_count() } else { lapic.get(n) };
+            let v = if n == reg::CURRENT_COUNT { self.saved_count() } else { lapic.get(n) };
             page[n * 16..n * 16 + 4].copy_from_slice(&v.to_le_bytes());
         }
         page

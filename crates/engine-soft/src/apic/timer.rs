@@ -99,8 +99,33 @@ impl Cpu {
         self.local_interrupt(reg::LVT_TIMER);
     }
 
+    /// Before the state is read: what has run down by its moment, and has not been noticed, is noted. Afterwards a count of zero is one that
+    /// is over, not one whose interrupt is still to come.
+    pub(crate) fn settle_timer(&mut self) {
+        if self.local.timer.deadline <= self.env.vm.time.host_moment() {
+            self.timer_expired();
+        }
+    }
+
+    /// The VM's time has stood still for `ticks`: a count that runs goes on where it was.
+    pub(crate) fn hold_back_timer(&mut self, ticks: u64) {
+        let t = &mut self.local.timer;
+        if t.deadline != NEVER {
+            t.deadline = t.deadline.saturating_add(ticks).min(NEVER - 1);
+        }
+    }
+
     /// The current count register.
     pub(super) fn current_count(&self) -> u32 {
+        self.count_at(self.local.clock.now())
+    }
+
+    /// The current count register as it is saved: standing still while the VM's time does.
+    pub(super) fn saved_count(&self) -> u32 {
+        self.count_at(self.env.vm.time.host_moment())
+    }
+
+    fn count_at(&self, now: u64) -> u32 {
         let t = &self.local.timer;
         let lapic = &self.env.me.lapic;
         if t.deadline == NEVER
@@ -108,7 +133,6 @@ impl Cpu {
         {
             return 0;
         }
-        let now = self.local.clock.now();
         let mut left = t.deadline.saturating_sub(now);
         let initial = lapic.get(reg::INITIAL_COUNT);
         if left == 0 && mode(lapic.get(reg::LVT_TIMER)) == TimerMode::Periodic {

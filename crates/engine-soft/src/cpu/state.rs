@@ -23,6 +23,7 @@ fn refuse(what: impl Into<String>) -> EngineError {
 impl Cpu {
     /// Read the whole state, between instructions.
     pub fn to_state(&mut self) -> CpuState {
+        self.settle();
         let mut numbers = vec![
             IA32_TSC,
             IA32_TSC_ADJUST,

@@ -83,6 +83,21 @@ impl Cpu {
         None
     }
 
+    /// Before the state is read: act on what other threads and the timer have asked for and what has no place in a state.
+    pub(crate) fn settle(&mut self) {
+        self.settle_timer();
+        let requests = self.env.me.requests.load(Ordering::SeqCst);
+        if requests & request::INIT != 0 {
+            self.done(request::INIT);
+            self.init();
+        }
+        if self.activity == Activity::Halted && (requests & request::UNHALT != 0 || self.local.unhalted) {
+            self.done(request::UNHALT);
+            self.local.unhalted = false;
+            self.activity = Activity::Running;
+        }
+    }
+
     fn done(&mut self, bits: u32) {
         self.env.me.requests.fetch_and(!bits, Ordering::SeqCst);
     }

@@ -169,6 +169,11 @@ impl VmTime {
         *self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The host's ticks now, or at the moment at which time stands still.
+    pub(crate) fn host_moment(&self) -> u64 {
+        self.stopped().map_or_else(|| self.clock.now(), |tsc| tsc.wrapping_sub(self.offset()))
+    }
+
     /// Stop or start. No vCPU runs meanwhile.
     pub fn set_running(&self, running: bool) {
         let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
@@ -256,9 +261,15 @@ impl Cpu {
     }
 
     /// A run begins: follow the VM's offset, should another vCPU's saved state have moved it.
-    pub(super) fn begin_time(&mut self) {
+    pub(crate) fn begin_time(&mut self) {
         let time = &self.env.vm.time;
         time.restored.store(false, Ordering::SeqCst);
+        // Only a pause takes ticks off the TSC; a saved one that was loaded has been followed already.
+        let stood = self.tsc_offset.wrapping_sub(self.local.tsc_adjust).wrapping_sub(time.offset());
+        if (stood as i64) > 0 {
+            self.hold_back_timer(stood);
+        }
+        let time = &self.env.vm.time;
         if self.tsc_offset != time.offset().wrapping_add(self.local.tsc_adjust)
             || self.local.pv.clock_offset != time.clock_offset()
         {

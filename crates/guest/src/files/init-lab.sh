@@ -9,6 +9,12 @@ mkdir -p /dev/pts /dev/shm
 mount -t devpts pts /dev/pts
 mount -t tmpfs tmp /tmp
 mount -t tmpfs shm /dev/shm
+# The kernel measures its TSC twice, the second time for a second; KVM keeps for its guests what it finds when it is loaded.
+clock=/sys/devices/system/clocksource/clocksource0/current_clocksource
+for try in $(seq 100); do
+    [ "$(cat $clock)" = tsc-early ] || break
+    usleep 50000
+done
 while read -r module; do
     insmod "/modules/$module" || echo "@LAB@no $module"
 done </modules/order

@@ -1,6 +1,8 @@
 //! KVM's interface.
 
 use super::*;
+use crate::cpu::Activity;
+use ringfort_engine::MpState;
 
 #[test]
 fn pv_eoi_ends_an_interrupt_without_a_write() {
@@ -120,4 +122,15 @@ fn paravirtual_msrs_need_their_cpuid_bits() {
     assert!(c.apic_write_msr(msr::KVM_PV_EOI_EN, 1).is_none());
     assert!(c.paravirt_msrs().is_empty());
     assert!(c.apic_read_msr(msr::STAR).is_none());
+}
+
+#[test]
+fn a_kick_that_a_halted_vcpu_has_not_seen_is_in_its_state() {
+    let mut vm = one();
+    let c = &mut vm.cpus[0];
+    c.activity = Activity::Halted;
+    assert_eq!(c.to_state().mp_state, MpState::Halted);
+    c.env.me.request(request::UNHALT);
+    // It waits for nothing else: restored as halted it would wait for ever.
+    assert_eq!(c.to_state().mp_state, MpState::Runnable);
 }

@@ -150,3 +150,36 @@ fn tsc_and_adjustment_move_together() {
     assert_eq!(vm.cpus[0].tsc_offset, vm.cpus[1].tsc_offset);
     assert!(vm.cpus[1].tsc() >= day);
 }
+
+#[test]
+fn a_count_that_runs_down_unseen_is_in_the_saved_state() {
+    let mut vm = vm(&[0]);
+    let c = &mut vm.cpus[0];
+    c.write(reg::DIVIDE, 11);
+    c.write(reg::LVT_TIMER, 0x40);
+    c.write(reg::INITIAL_COUNT, 1000);
+    std::thread::sleep(Duration::from_millis(1));
+    // Nobody has looked at the timer since.
+    let page = c.to_state().apic;
+    let word = |n: usize| u32::from_le_bytes(page[n * 16..n * 16 + 4].try_into().unwrap());
+    assert_eq!((word(reg::IRR + 2), word(reg::CURRENT_COUNT)), (1, 0));
+    c.takes();
+    c.write(reg::EOI, 0);
+    // While time stands still, nothing runs down, and what is left is left afterwards as well.
+    c.write(reg::INITIAL_COUNT, u32::MAX);
+    c.env.vm.time.set_running(false);
+    let left = |c: &mut Cpu| {
+        let page = c.to_state().apic;
+        u32::from_le_bytes(page[reg::CURRENT_COUNT * 16..][..4].try_into().unwrap())
+    };
+    let stood = left(c);
+    std::thread::sleep(Duration::from_millis(40));
+    assert!(stood > 0 && left(c) == stood, "{stood}");
+    let ran = Instant::now();
+    c.env.vm.time.set_running(true);
+    c.begin_time();
+    c.env.vm.time.set_running(false);
+    let ran = ran.elapsed().as_nanos() as u32;
+    let (now, least) = (left(c), stood - ran - 1000);
+    assert!((least..=stood).contains(&now), "{least} to {stood}: {now}");
+}
