@@ -11,9 +11,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Most buffers in one system call (IOV_MAX on Linux).
 const IOV_MAX: usize = 1024;
+/// Bytes from which on a write takes long enough to wait for another one.
+const LONG: u64 = 128 << 10;
 /// Bytes of zeroes written at a time where the host has no better way.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -53,6 +56,8 @@ pub struct FileStorage {
     zero_range: AtomicBool,
     #[cfg(test)]
     hook: Option<Hook>,
+    /// Long writes to a file go one after the other, see [`write`](Self::write).
+    turn: Mutex<()>,
 }
 
 impl FileStorage {
@@ -144,6 +149,7 @@ impl FileStorage {
             zero_range: AtomicBool::new(true),
             #[cfg(test)]
             hook: None,
+            turn: Mutex::new(()),
         })
     }
 
@@ -164,6 +170,7 @@ impl FileStorage {
             zero_range: AtomicBool::new(true),
             #[cfg(test)]
             hook: None,
+            turn: Mutex::new(()),
         }
     }
 
@@ -352,7 +359,13 @@ impl FileStorage {
         })?;
         match &self.direct {
             Some(d) => d.write(&self.file, bufs, offset)?,
-            None => write_fd(&self.file, bufs, offset)?,
+            None => {
+                // The host lets one writer at a time into a file's page cache, and who comes meanwhile spins: CPU time
+                // that another thread could read with, or a guest run on.
+                let queue = !self.block_device && total(bufs) >= LONG;
+                let _turn = queue.then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner));
+                write_fd(&self.file, bufs, offset)?;
+            }
         }
         self.len.fetch_max(offset + total(bufs), Ordering::AcqRel);
         Ok(())
