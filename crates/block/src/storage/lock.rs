@@ -8,6 +8,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+/// How long locks may outlive a killed process, and how often to look.
+const LINGERING: Duration = Duration::from_millis(300);
+const STEP: Duration = Duration::from_millis(5);
 
 /// The first byte of the "permission in use" range.
 const PERM_BASE: i64 = 100;
@@ -95,22 +100,36 @@ pub fn acquire(file: &File, access: Access) -> Result<(), LockError> {
             take(file, SHARED_BASE + i)?;
         }
     }
-    for (bit, i) in bits() {
+    // The kernel ends a killed process's requests, and with them its locks, some time after its parent has heard of its end; no event tells
+    // when.
+    let patience = Instant::now() + LINGERING;
+    while let Some(why) = conflict(file, access)? {
+        if Instant::now() >= patience {
+            return Err(LockError::Conflict(why));
+        }
+        std::thread::sleep(STEP);
+    }
+    Ok(())
+}
+
+/// What of another process's use does not go together with `access`.
+fn conflict(file: &File, access: Access) -> Result<Option<&'static str>, LockError> {
+    for (bit, i) in (0..COUNT).map(|i| (1u32 << i, i64::from(i))) {
         if access.shared & bit == 0 && held_by_other(file, PERM_BASE + i).map_err(LockError::Io)? {
-            return Err(LockError::Conflict(match bit {
+            return Ok(Some(match bit {
                 WRITE => "it is being written",
                 RESIZE => "it may be resized",
                 _ => "it is being read",
             }));
         }
         if access.perm & bit != 0 && held_by_other(file, SHARED_BASE + i).map_err(LockError::Io)? {
-            return Err(LockError::Conflict(match bit {
+            return Ok(Some(match bit {
                 WRITE | RESIZE => "its user does not let others write",
                 _ => "its user does not let others read",
             }));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 fn take(file: &File, byte: i64) -> Result<(), LockError> {
