@@ -25,6 +25,64 @@ impl Cache {
     pub const UNSAFE: Cache = Cache { direct: false, syncs: false };
 }
 
+/// Long names of options (qemu-img 10) and the letters that verbs know them by; of several the first that the verb has.
+const LONG: [(&str, &[&str]); 44] = [
+    ("a-format", &["f"]),
+    ("aio", &["i"]),
+    ("apply", &["a"]),
+    ("b-format", &["F"]),
+    ("backing", &["B", "b"]),
+    ("backing-cache", &["T"]),
+    ("backing-format", &["F"]),
+    ("backing-unsafe", &["u"]),
+    ("base", &["b"]),
+    ("buffer-size", &["s"]),
+    ("cache", &["t", "T"]),
+    ("compress", &["c"]),
+    ("count", &["c"]),
+    ("create", &["c"]),
+    ("delete", &["d"]),
+    ("depth", &["d"]),
+    ("drop", &["d"]),
+    ("force-share", &["U"]),
+    ("format", &["f"]),
+    ("list", &["l"]),
+    ("native", &["n"]),
+    ("no-create", &["n"]),
+    ("offset", &["o"]),
+    ("oob-writes", &["W"]),
+    ("options", &["o"]),
+    ("output-format", &["O"]),
+    ("parallel", &["m"]),
+    ("progress", &["p"]),
+    ("quiet", &["q"]),
+    ("rate", &["r"]),
+    ("repair", &["r"]),
+    ("snapshot", &["l"]),
+    ("source-cache", &["T"]),
+    ("source-format", &["f"]),
+    ("source-image-opts", &["image-opts"]),
+    ("source-snapshot", &["l"]),
+    ("sparse-size", &["S"]),
+    ("step-size", &["S"]),
+    ("strict", &["s"]),
+    ("target-cache", &["t"]),
+    ("target-format", &["O"]),
+    ("target-options", &["o"]),
+    ("write", &["w"]),
+    ("write-pattern", &["pattern"]),
+];
+
+/// What a verb with these options calls the one with this long name.
+fn known<'a>(name: &'a str, flags: &[&str], valued: &[&str]) -> &'a str {
+    let has = |n: &str| flags.contains(&n) || valued.contains(&n);
+    if has(name) {
+        return name;
+    }
+    let letters = LONG.iter().find(|(long, _)| *long == name).map_or(&[][..], |(_, letters)| letters);
+    letters.iter().find(|l| has(l)).copied().unwrap_or(name)
+}
+
 /// Read `arguments`: `flags` take no value, `valued` take one. Names of one letter are letters.
 pub fn parse(arguments: &[String], flags: &[&str], valued: &[&str]) -> Result<Parsed, Failure> {
     let mut p = Parsed { options: Vec::new(), rest: Vec::new() };
@@ -38,9 +96,11 @@ pub fn parse(arguments: &[String], flags: &[&str], valued: &[&str]) -> Result<Pa
             p.rest.extend(it.by_ref().cloned());
         } else if let Some(long) = a.strip_prefix("--") {
             let (name, value) = long.split_once('=').map_or((long, None), |(n, v)| (n, Some(v.to_owned())));
-            if name.len() > 1 && flags.contains(&name) && value.is_none() {
+            let long = name.len() > 1;
+            let name = known(name, flags, valued);
+            if long && flags.contains(&name) && value.is_none() {
                 p.options.push((name.into(), String::new()));
-            } else if name.len() > 1 && valued.contains(&name) {
+            } else if long && valued.contains(&name) {
                 let value = value.or_else(|| it.next().cloned()).ok_or_else(|| need(a))?;
                 p.options.push((name.into(), value));
             } else {
@@ -145,5 +205,33 @@ pub fn switch(name: &str, value: &str) -> Result<bool, Failure> {
         "on" | "yes" | "true" => Ok(true),
         "off" | "no" | "false" => Ok(false),
         _ => Err(Failure::new(format!("Parameter '{name}' expects 'on' or 'off'"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn letters_and_long_names_mean_the_same() {
+        let words = |text: &str| text.split(' ').map(String::from).collect::<Vec<_>>();
+        for (short, long) in [
+            (
+                "-qp -f raw -O qcow2 -t none a b",
+                "--quiet --progress --source-format=raw --target-format qcow2 --target-cache none a b",
+            ),
+            ("-q -B base -F raw a", "--quiet --backing base --backing-format raw a"),
+            ("-fraw -- -x", "--format raw -- -x"),
+        ] {
+            let read = |text: &str| {
+                let p = parse(&words(text), &["q", "p"], &["f", "F", "O", "t", "B"])
+                    .unwrap_or_else(|e| panic!("{e:?}"));
+                (p.options, p.rest)
+            };
+            assert_eq!(read(short), read(long));
+        }
+        for bad in ["--q", "--bogus", "--quiet=yes", "--compress", "-x", "--format"] {
+            assert!(parse(&words(bad), &["q"], &["f"]).is_err(), "{bad}");
+        }
     }
 }

@@ -12,6 +12,7 @@ mod compare;
 mod convert;
 mod create;
 mod dd;
+mod help;
 mod info;
 mod json;
 mod map;
@@ -24,6 +25,7 @@ mod resize;
 mod size;
 mod snapshot;
 
+use help::HELP;
 use std::io::Write;
 
 /// Where a verb writes to.
@@ -65,37 +67,6 @@ impl From<std::io::Error> for Failure {
 
 type Done = Result<u8, Failure>;
 
-const HELP: &str = "\
-Disk images: create, examine, convert. Verbs, options, output and exit statuses are qemu-img's.
-
-usage: ringfort img COMMAND [OPTIONS]
-
-  amend [-f FMT] [-p] [-q] [-t CACHE] -o OPTIONS FILE
-  bench [-c COUNT] [-d DEPTH] [-s SIZE] [-o OFFSET] [-S STEP] [-w] [--pattern=BYTE] [--flush-interval=N [--no-drain]]
-        [-f FMT] [-i native|io_uring|threads] [-n] [-t CACHE] [-q] [-U] FILE
-  bitmap (--add [-g SIZE] | --remove | --clear | --enable | --disable | --merge SOURCE [-b FILE [-F FMT]])...
-         [-f FMT] FILE BITMAP
-  check [-q] [-f FMT] [--output=FMT] [-r leaks|all] [-T CACHE] [-U] FILE
-  commit [-q] [-f FMT] [-t CACHE] [-b BASE] [-r RATE] [-d] [-p] FILE
-  compare [-f FMT] [-F FMT] [-T CACHE] [-p] [-q] [-s] [-U] FILE1 FILE2
-  convert [-c] [-p] [-q] [-n] [--target-is-zero] [--bitmaps [--skip-broken-bitmaps]] [--salvage] [-f FMT] [-O FMT]
-          [-B BACKING -F FMT] [-o OPTIONS] [-l SNAPSHOT] [-S SIZE] [-m N] [-W] [-r RATE] [-t CACHE] [-T CACHE] [-U]
-          FILE [FILE2...] OUT
-  create [-q] [-f FMT] [-b BACKING -F FMT] [-u] [-o OPTIONS] FILE [SIZE]
-  dd [-f FMT] [-O FMT] [-U] [bs=SIZE] [count=N] [skip=N] if=FILE of=OUT
-  info [-f FMT] [--output=FMT] [--backing-chain] [-U] FILE
-  map [-f FMT] [--start-offset=N] [--max-length=N] [--output=FMT] [-U] FILE
-  measure [-f FMT] [-O FMT] [-o OPTIONS] [-l SNAPSHOT] [--output=FMT] [-U] (--size SIZE | FILE)
-  rebase [-q] [-f FMT] [-t CACHE] [-T CACHE] [-p] [-u] -b BACKING [-F FMT] FILE
-  resize [-f FMT] [-q] [--preallocation=MODE] [--shrink] FILE [+|-]SIZE
-  snapshot [-q] [-U] [-l | -a NAME | -c NAME | -d NAME] FILE
-
-FMT of images is raw or qcow2, and to read from vmdk, vpc (VHD), vhdx and vdi; of --output human or json.
-SIZE takes the suffixes k, M, G, T, P, E. CACHE is none, writeback, writethrough, directsync or unsafe; convert writes new
-files with unsafe: -t writeback waits until they are on the disk. `-o help` lists the options of a new image.
-With --image-opts FILE is driver=FMT,file.filename=NAME. New files get their names when they are complete.
-";
-
 /// Run one verb with its arguments; gives the exit status.
 pub fn run(arguments: &[String], streams: &mut Streams<'_>) -> u8 {
     let Some((verb, rest)) = arguments.split_first() else {
@@ -104,8 +75,12 @@ pub fn run(arguments: &[String], streams: &mut Streams<'_>) -> u8 {
             streams,
         );
     };
-    if matches!(verb.as_str(), "-h" | "--help" | "help") || rest.iter().any(|a| a == "-h" || a == "--help") {
+    if matches!(verb.as_str(), "-h" | "--help" | "help") {
         return u8::from(streams.out.write_all(HELP.as_bytes()).is_err());
+    }
+    if rest.iter().take_while(|a| *a != "--").any(|a| a == "-h" || a == "--help") {
+        let text = help::of(verb).unwrap_or_else(|| HELP.to_owned());
+        return u8::from(streams.out.write_all(text.as_bytes()).is_err());
     }
     let done = match verb.as_str() {
         "amend" => amend::run(rest, streams),

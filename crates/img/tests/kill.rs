@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 /// Kills of each kind of work.
 fn kills() -> u32 {
-    std::env::var("RINGFORT_TEST_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(3)
+    let usual = if std::env::var_os("RINGFORT_TEST_LONG").is_some() { 200 } else { 3 };
+    std::env::var("RINGFORT_TEST_KILLS")
+        .map_or(usual, |n| n.parse().expect("RINGFORT_TEST_KILLS is a number"))
 }
 
 /// The words of the command line that a child runs, one a line.
@@ -65,7 +67,13 @@ fn kill(args: &[&str], usual: Duration, rng: &mut fastrand::Rng) -> bool {
 /// After a kill: nothing worse than leaks, which `check -r leaks` mends.
 fn mend(path: &str, bitmaps: bool, rng: &mut fastrand::Rng) {
     let found = theirs(&["check", "-f", "qcow2", path]);
-    assert!(matches!(found.0, 0 | 3), "{} {} {}", found.0, found.1, found.2);
+    // While a snapshot comes or goes refcounts are too high for the flags of the tables, in QEMU's images as well; a check
+    // counts that as errors, and with the leaks it is mended.
+    let wrong = |l: &&str| l.starts_with("ERROR") && !l.starts_with("ERROR OFLAG_COPIED");
+    let worse = found.2.lines().chain(found.1.lines()).find(wrong);
+    assert!(matches!(found.0, 0 | 2 | 3) && worse.is_none(), "{} {} {}", found.0, found.1, found.2);
+    let leaks = found.2.contains("Leaked cluster") || found.1.contains("Leaked cluster");
+    assert!(found.0 != 2 || leaks, "{} {}", found.1, found.2);
     let mine = ours(&["check", path]);
     assert_eq!(mine.0, found.0, "both find the same: {} {}", mine.1, found.1);
     // QEMU's repair loses the snapshots of an image that has bitmaps as well (7.2 and 10.0 do).
@@ -85,8 +93,18 @@ fn a_killed_convert_leaves_no_half_image() {
     let (raw, out) = (d.path("a.raw"), d.path("out"));
     std::fs::write(&raw, mixed(40 << 20, 41)).expect("a file");
     let mut rng = fastrand::Rng::with_seed(42);
-    for more in [&[][..], &["-c"], &["-t", "writeback", "-S", "0"], &["-o", "preallocation=full"]] {
-        let args = [&["convert", "-f", "raw", "-O", "qcow2"], more, &[&raw, &out]].concat();
+    let (from, to, empty) = (format!("if={raw}"), format!("of={out}"), d.path("empty.raw"));
+    std::fs::File::create(&empty).and_then(|f| f.set_len(40 << 20)).expect("a file");
+    let convert = |more: &[&'static str]| [&["convert", "-f", "raw", "-O", "qcow2"], more].concat();
+    for (args, names, raw) in [
+        (convert(&[]), vec![&raw, &out], &raw),
+        (convert(&["-c"]), vec![&raw, &out], &raw),
+        (convert(&["-t", "writeback", "-S", "0"]), vec![&raw, &out], &raw),
+        (convert(&["-o", "preallocation=full"]), vec![&raw, &out], &raw),
+        (vec!["dd", "-f", "raw", "-O", "qcow2", "bs=1M"], vec![&from, &to], &raw),
+        (vec!["create", "-q", "-f", "qcow2", "-o", "preallocation=full,size=40M"], vec![&out], &empty),
+    ] {
+        let args: Vec<&str> = args.into_iter().chain(names.into_iter().map(String::as_str)).collect();
         let usual = time(&args);
         for round in 0..kills() {
             // Now over nothing, now over an older image, which stays whole until the new one is.
@@ -105,7 +123,7 @@ fn a_killed_convert_leaves_no_half_image() {
             if size == Some(1 << 20) {
                 assert!(old);
             } else {
-                holds(&out, &raw);
+                holds(&out, raw);
             }
         }
     }
@@ -131,6 +149,23 @@ fn interrupted_by_the_user_it_leaves_nothing() {
     let left: Vec<_> =
         std::fs::read_dir(&d.0).expect("the folder").flatten().map(|e| e.file_name()).collect();
     assert_eq!(left, ["a.raw"], "nothing but the source");
+}
+
+/// `count` clusters more at the end of an image of 4 KiB clusters, which are counted and belong to nothing.
+fn with_leaks(mut image: Vec<u8>, count: usize) -> Vec<u8> {
+    let word = |image: &[u8], at: usize| {
+        u64::from_be_bytes(image[at..at + 8].try_into().expect("eight bytes")) as usize
+    };
+    // qcow2: the refcount table's offset is the header's seventh word; a block of 4 KiB counts 2048 clusters.
+    let table = word(&image, 48);
+    let first = image.len().div_ceil(4096);
+    image.resize((first + count) * 4096, 0);
+    for cluster in first..first + count {
+        let block = word(&image, table + cluster / 2048 * 8);
+        assert_ne!(block, 0, "the end lies inside a counted range");
+        image[block + cluster % 2048 * 2 + 1] = 1;
+    }
+    image
 }
 
 #[test]
@@ -166,7 +201,11 @@ fn killed_changes_leave_leaks_at_most() {
     common::io("qcow2", &master, &["write -P 3 0 9M".into(), "write -z 10M 3M".into()]);
     ok(ours(&["snapshot", "-c", "s2", &master]));
     ok(theirs(&["convert", "-O", "raw", &master, &raw]));
+    let leaky = d.path("leaky");
+    std::fs::write(&leaky, with_leaks(std::fs::read(&master).expect("an image"), 40)).expect("an image");
+    assert_eq!(theirs(&["check", &leaky]).0, 3);
     for args in [
+        vec!["check", "-r", "leaks"],
         vec!["snapshot", "-c", "s3"],
         vec!["snapshot", "-d", "s1"],
         vec!["resize", "-q", "300M"],
@@ -181,7 +220,11 @@ fn killed_changes_leave_leaks_at_most() {
         vec!["convert", "-n", "-f", "raw", "-O", "qcow2"],
     ] {
         let snapshots = matches!(args[0], "snapshot" | "resize" | "bitmap" | "amend" | "check");
-        let from = if snapshots { &master } else { &plain };
+        let from = match args[..] {
+            ["check", _, "leaks"] => &leaky,
+            _ if snapshots => &master,
+            _ => &plain,
+        };
         let full: Vec<&str> = match args[0] {
             // The file stands before the last word.
             "resize" => vec![args[0], args[1], &image, args[2]],
