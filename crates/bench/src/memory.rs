@@ -25,17 +25,17 @@ fn kib_field(text: &str, name: &str) -> Option<u64> {
 
 /// Sum of the resident sizes of all mappings but those of the guest's RAM. Its mapping is as large as the RAM itself, and
 /// nothing else of a VMM that holds much is near that; adjoining pieces of one mapping that differ in their flags (as a
-/// guest's RAM with a protected page does) are taken together.
+/// guest's RAM with a protected page does) are taken together, but not with code, which is never the guest's RAM.
 fn beyond_guest(smaps: &str, ram: u64) -> u64 {
     let mut runs: Vec<(u64, u64, u64)> = Vec::new(); // start, end, resident
-    let mut run_inode = "";
+    let mut run_kind = ("", false);
     for line in smaps.lines() {
-        if let Some((start, end, inode)) = header(line) {
+        if let Some((start, end, kind)) = header(line) {
             match runs.last_mut() {
-                Some(last) if last.1 == start && run_inode == inode => last.1 = end,
+                Some(last) if last.1 == start && run_kind == kind => last.1 = end,
                 _ => runs.push((start, end, 0)),
             }
-            run_inode = inode;
+            run_kind = kind;
         } else if let (Some(kib), Some(last)) = (kib_field(line, "Rss:"), runs.last_mut()) {
             last.2 += kib;
         }
@@ -43,12 +43,13 @@ fn beyond_guest(smaps: &str, ram: u64) -> u64 {
     runs.iter().filter(|(start, end, _)| end - start < ram / 10 * 9).map(|(_, _, rss)| rss).sum()
 }
 
-/// Start, end and inode from a line such as `7f00-7f01 rw-p 00000000 00:00 0 [heap]`.
-fn header(line: &str) -> Option<(u64, u64, &str)> {
+/// Start, end, and inode with whether it is executable, from a line such as `7f00-7f01 rw-p 00000000 00:00 0 [heap]`.
+fn header(line: &str) -> Option<(u64, u64, (&str, bool))> {
     let mut fields = line.split_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
-    let inode = fields.nth(3)?;
-    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?, inode))
+    let executable = fields.next()?.contains('x');
+    let inode = fields.nth(2)?;
+    Some((u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?, (inode, executable)))
 }
 
 #[cfg(test)]
@@ -62,8 +63,9 @@ mod tests {
 7f0000000000-7f0010000000 rw-p 00000000 00:00 0 \nRss: 1000 kB\n\
 7f0010000000-7f0010001000 r--p 00000000 00:00 0 \nRss: 4 kB\n\
 7f0010001000-7f0020000000 rw-p 00000000 00:00 0 \nRss: 2000 kB\n\
+7f0020000000-7f0020100000 rwxp 00000000 00:00 0 \nRss: 100 kB\n\
 7f0030000000-7f0030100000 rw-p 00000000 00:00 0 \nRss: 40 kB\nPss: 9 kB\n";
-        assert_eq!(beyond_guest(smaps, 512 << 20), 640 << 10);
+        assert_eq!(beyond_guest(smaps, 512 << 20), 740 << 10);
         assert_eq!(beyond_guest("", 512 << 20), 0);
         assert_eq!(header("Rss:  12 kB"), None);
     }
