@@ -165,45 +165,8 @@ extern "C" fn on_fatal(signal: libc::c_int, info: *mut libc::siginfo_t, context:
     let Some(i) = FATAL.iter().position(|s| *s == signal) else { return };
     // SAFETY: this handler was installed after the slot had been written.
     let previous = unsafe { (*SAVED.previous.get())[i].assume_init() };
-    if previous.sa_sigaction == libc::SIG_DFL {
-        restore();
-        // SAFETY: `previous` is a valid action; raise takes a number. The signal is blocked here, so it takes effect on
-        // return; a fault happens again then by itself, but one that was sent does not.
-        unsafe {
-            libc::sigaction(signal, &raw const previous, std::ptr::null_mut());
-            libc::raise(signal);
-        }
-        return;
-    }
-    // Somebody else's handler: it may put the fault right (an engine probing guest memory) or give up, as Rust's own
-    // handler for stack overflows does by setting the default action and returning.
-    // SAFETY: a handler that is neither default nor ignored is a function of the kind that its flags say.
-    unsafe {
-        if previous.sa_flags & libc::SA_SIGINFO != 0 {
-            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
-                std::mem::transmute(previous.sa_sigaction);
-            handler(signal, info, context);
-        } else {
-            let handler: extern "C" fn(libc::c_int) = std::mem::transmute(previous.sa_sigaction);
-            handler(signal);
-        }
-    }
-    let mut now = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: asks only; `now` has room for the answer and is read after success.
-    let gave_up = unsafe {
-        libc::sigaction(signal, std::ptr::null(), now.as_mut_ptr()) == 0
-            && now.assume_init().sa_sigaction == libc::SIG_DFL
-    };
-    if gave_up {
-        restore();
-        // SAFETY: the kernel passes a valid siginfo to a handler with SA_SIGINFO; raise takes a number. A fault comes
-        // again by itself when the instruction is tried again; a signal that a process sent (code 0 or below) does not.
-        unsafe {
-            if (*info).si_code <= 0 {
-                libc::raise(signal);
-            }
-        }
-    }
+    // SAFETY: this is a handler with SA_SIGINFO, and the action was in force before it.
+    unsafe { crate::signals::pass_on(&previous, signal, info, context, restore) };
 }
 
 #[cfg(test)]

@@ -9,10 +9,9 @@ use support::*;
 fn test_run(extra: &str, options: &[&str]) -> Guest {
     let guest = test_guest();
     let cmdline = format!("{} {extra}", guest.cmdline);
-    let mut args = vec!["run", "--accel", "soft", "--memory", "512M", "--cmdline", &cmdline];
-    args.extend(["--kernel", text(&guest.kernel), "--initrd", text(&guest.initrd)]);
-    args.extend(options);
-    Guest::start(ringfort(&args))
+    let mut all = vec!["--memory", "512M"];
+    all.extend(options);
+    Guest::run(&run_args("soft", &guest.kernel, &guest.initrd, &cmdline, &all))
 }
 
 /// The guest's clock against the host's: read while the host's clock stands between two readings.
@@ -154,23 +153,13 @@ fn a_reset_that_is_not_to_boot_again_is_an_exit_status() {
 fn debian_boots_to_a_login() {
     let _turn = one_at_a_time();
     let guest = debian_guest();
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--kernel",
-        text(&guest.kernel),
-        "--initrd",
-        text(&guest.initrd),
-        "--cmdline",
-        &guest.cmdline,
-        "--memory",
-        "1G",
-        "--cpus",
-        "2",
-        "--accel",
+    let mut g = Guest::run(&run_args(
         "soft",
-        "--disk",
-        &format!("path={},snapshot=on", text(&guest.disk)),
-    ]));
+        &guest.kernel,
+        &guest.initrd,
+        &guest.cmdline,
+        &["--memory", "1G", "--cpus", "2", "--disk", &format!("path={},snapshot=on", text(&guest.disk))],
+    ));
     log_in(&mut g);
     assert_eq!(g.shell("nproc"), "2");
     let pci = g.shell("lspci -nn");
@@ -193,14 +182,4 @@ fn debian_boots_to_a_login() {
     g.expect("Watching system buttons");
     g.send("\x01p");
     assert_eq!(g.wait().code(), Some(0));
-}
-
-/// Log in as root, and have a shell that does not decorate what it prints.
-fn log_in(g: &mut Guest) {
-    g.expect("login: ");
-    g.send("root\n");
-    g.expect("# ");
-    g.send("exec env TERM=dumb PS1='debian# ' sh\n");
-    // Bash has put its cursor back to the margin before it hands over.
-    g.expect("\rdebian# ");
 }

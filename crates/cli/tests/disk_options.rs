@@ -11,31 +11,11 @@ use std::path::Path;
 use std::process::Command;
 use support::*;
 
-fn run_args(options: &[&str], disks: &[String]) -> Vec<String> {
-    let guest = test_guest();
-    let mut args: Vec<String> = ["run", "--accel", "soft", "--memory", "256M", "--net", "none"]
-        .iter()
-        .chain(options)
-        .map(|s| (*s).to_owned())
-        .collect();
-    for (option, value) in [
-        ("--cmdline", guest.cmdline.as_str()),
-        ("--kernel", text(&guest.kernel)),
-        ("--initrd", text(&guest.initrd)),
-    ] {
-        args.extend([option.to_owned(), value.to_owned()]);
-    }
-    for disk in disks {
-        args.extend(["--disk".to_owned(), disk.clone()]);
-    }
-    args
-}
-
 /// A guest at its prompt, whose machine's remarks come with what it says. `before` is done by the shell that starts it.
 fn start(before: &str, options: &[&str], disks: &[String]) -> Guest {
     let mut c = Command::new("sh");
     c.args(["-c", &format!("{before} exec \"$@\" 2>&1"), "sh", env!("CARGO_BIN_EXE_ringfort")]);
-    c.args(run_args(options, disks));
+    c.args(test_run_args(options, disks));
     let mut g = Guest::start(c);
     g.expect(TEST_PROMPT);
     g

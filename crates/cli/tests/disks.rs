@@ -14,25 +14,8 @@ fn kills() -> u32 {
     std::env::var("RINGFORT_KILLS").ok().map_or(3, |v| v.parse().expect("RINGFORT_KILLS is a number"))
 }
 
-fn run_args(disks: &[String]) -> Vec<String> {
-    let guest = test_guest();
-    let mut args: Vec<String> =
-        ["run", "--accel", "soft", "--memory", "256M", "--net", "none"].map(String::from).into();
-    for (option, value) in [
-        ("--cmdline", guest.cmdline.as_str()),
-        ("--kernel", text(&guest.kernel)),
-        ("--initrd", text(&guest.initrd)),
-    ] {
-        args.extend([option.to_owned(), value.to_owned()]);
-    }
-    for disk in disks {
-        args.extend(["--disk".to_owned(), disk.clone()]);
-    }
-    args
-}
-
 fn test_run(disks: &[String]) -> Guest {
-    let args = run_args(disks);
+    let args = test_run_args(&[], disks);
     Guest::start(ringfort(&args.iter().map(String::as_str).collect::<Vec<_>>()))
 }
 
@@ -79,7 +62,9 @@ fn a_full_host_makes_the_guest_stand_until_there_is_space() {
          qemu-img create -q -f qcow2 reports.qcow2 64M && head -c 32M /dev/zero >ballast && exec \"$@\" 2>&1"
     );
     let mut command = Command::new("unshare");
-    command.args(["-rm", "sh", "-c", &script, "sh", env!("CARGO_BIN_EXE_ringfort")]).args(run_args(&disks));
+    command
+        .args(["-rm", "sh", "-c", &script, "sh", env!("CARGO_BIN_EXE_ringfort")])
+        .args(test_run_args(&[], &disks));
     let mut g = Guest::start(command);
     g.expect(TEST_PROMPT);
     g.shell("head -c 16777216 /dev/urandom >/tmp/data");
@@ -209,23 +194,13 @@ fn fio_verifies_what_guests_left_behind_that_ended_under_it() {
     make(&["create", "-q", "-f", "qcow2", "-b", text(&base), "-F", "raw", text(&image), "8M"]);
     let start = |options: &str| {
         let disk = format!("path={},format=qcow2,{options}", text(&image));
-        let mut g = Guest::start(ringfort(&[
-            "run",
-            "--accel",
+        let mut g = Guest::run(&run_args(
             "soft",
-            "--memory",
-            "1G",
-            "--net",
-            "none",
-            "--kernel",
-            text(&guest.kernel),
-            "--initrd",
-            text(&guest.initrd),
-            "--cmdline",
+            &guest.kernel,
+            &guest.initrd,
             &format!("{} quiet", guest.cmdline),
-            "--disk",
-            &disk,
-        ]));
+            &["--memory", "1G", "--net", "none", "--disk", &disk],
+        ));
         g.expect(TEST_PROMPT);
         g
     };
@@ -313,25 +288,22 @@ fn a_debian_guest_that_ends_while_dpkg_works_recovers() {
     make(&["create", "-q", "-f", "qcow2", "-b", text(&guest.disk), "-F", "raw", text(&image)]);
     let cmdline = format!("{} init=/bin/sh", guest.cmdline);
     let start = || {
-        let mut g = Guest::start(ringfort(&[
-            "run",
-            "--accel",
+        let mut g = Guest::run(&run_args(
             "soft",
-            "--memory",
-            "512M",
-            "--net",
-            "none",
-            "--kernel",
-            text(&guest.kernel),
-            "--initrd",
-            text(&guest.initrd),
-            "--cmdline",
+            &guest.kernel,
+            &guest.initrd,
             &cmdline,
-            "--disk",
-            &format!("path={},format=qcow2,discard=unmap", text(&image)),
-            "--disk",
-            &format!("path={},format=raw,readonly=on", text(&tar)),
-        ]));
+            &[
+                "--memory",
+                "512M",
+                "--net",
+                "none",
+                "--disk",
+                &format!("path={},format=qcow2,discard=unmap", text(&image)),
+                "--disk",
+                &format!("path={},format=raw,readonly=on", text(&tar)),
+            ],
+        ));
         g.expect("# ");
         g.send("export PATH=/usr/sbin:/usr/bin:/sbin:/bin TERM=dumb DEBIAN_FRONTEND=noninteractive PS1='debian# '\n");
         g.expect("\ndebian# ");
@@ -411,7 +383,7 @@ fn running_guests_and_qemu_img_refuse_each_others_images() {
     while !refused() {
         assert!(busy.0.try_wait().expect("its status").is_none(), "qemu-img has ended");
     }
-    let args = run_args(&[format!("path={}", text(&image))]);
+    let args = test_run_args(&[], &[format!("path={}", text(&image))]);
     let out = ringfort(&args.iter().map(String::as_str).collect::<Vec<_>>()).output().expect("ringfort");
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.code() == Some(2) && said.contains("in use by another process"), "{said}");

@@ -4,6 +4,7 @@ mod support;
 
 use ringfort_guest::{TEST_PROMPT, TestGuest};
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::tiny::Code;
 use support::*;
@@ -39,26 +40,60 @@ impl Gdb {
         }
         said
     }
+
+    /// Connect to a guest once it listens.
+    fn connect(&mut self, g: &mut Guest, socket: &Path) {
+        while !socket.exists() {
+            assert!(g.is_running(), "{}", g.tail());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        self.ask(&format!("target remote {}", text(socket)));
+    }
+}
+
+/// A guest of a few instructions under gdb.
+struct Tiny {
+    g: Guest,
+    /// Where gdb connects.
+    socket: PathBuf,
+    _scratch: Scratch,
+}
+
+impl Tiny {
+    /// Under an engine: 64 rounds that store ECX at 90000h (mov ecx, 64; mov [90000h], ecx; dec ecx; jnz), then echo. It stands
+    /// behind its first instruction.
+    fn start(gdb: &mut Gdb, engine: &str) -> Tiny {
+        let scratch = Scratch::new(&format!("gdb-tiny-{}", engine.replace([',', '='], "-")));
+        let code = Code::new()
+            .raw(&[0xb9, 64, 0, 0, 0, 0x89, 0x0d, 0, 0, 9, 0, 0x49, 0x75, 0xf7])
+            .print("up\n")
+            .echo();
+        let kernel = scratch.file("kernel", &code.multiboot());
+        let socket = scratch.0.join("gdb");
+        let place = format!("unix:{}", text(&socket));
+        let options =
+            ["run", "--accel", engine, "--memory", "32M", "--net", "none", "--kernel", text(&kernel)];
+        let mut g = Guest::start(ringfort(&[&options[..], &["--gdb", &place]].concat()));
+        gdb.connect(&mut g, &socket);
+        // The image's header is 32 bytes long.
+        gdb.says("p/x $rip", &["0x100020"]);
+        gdb.ask("stepi");
+        gdb.says("p/x $rip", &["0x100025"]);
+        gdb.says("p $rcx", &["= 64"]);
+        Tiny { g, socket, _scratch: scratch }
+    }
 }
 
 /// Addresses of symbols of the test guest's kernel, placed where it was linked.
 fn symbols(guest: &TestGuest, engine: &str, names: &[&str]) -> HashMap<String, String> {
     let cmdline = format!("{} nokaslr", guest.cmdline);
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--accel",
+    let mut g = Guest::run(&run_args(
         engine,
-        "--memory",
-        "256M",
-        "--net",
-        "none",
-        "--kernel",
-        text(&guest.kernel),
-        "--initrd",
-        text(&guest.initrd),
-        "--cmdline",
+        &guest.kernel,
+        &guest.initrd,
         &cmdline,
-    ]));
+        &["--memory", "256M", "--net", "none"],
+    ));
     g.expect(TEST_PROMPT);
     let all = names
         .iter()
@@ -86,30 +121,14 @@ fn a_kernel_is_debugged(engine: &str) {
     let socket = scratch.0.join("gdb");
     let place = format!("unix:{}", text(&socket));
     let cmdline = format!("{} nokaslr", guest.cmdline);
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--accel",
+    let mut g = Guest::run(&run_args(
         engine,
-        "--memory",
-        "256M",
-        "--cpus",
-        "2",
-        "--net",
-        "none",
-        "--kernel",
-        text(&guest.kernel),
-        "--initrd",
-        text(&guest.initrd),
-        "--cmdline",
+        &guest.kernel,
+        &guest.initrd,
         &cmdline,
-        "--gdb",
-        &place,
-    ]));
-    while !socket.exists() {
-        assert!(g.is_running(), "{}", g.tail());
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    gdb.ask(&format!("target remote {}", text(&socket)));
+        &["--memory", "256M", "--cpus", "2", "--net", "none", "--gdb", &place],
+    ));
+    gdb.connect(&mut g, &socket);
     gdb.says("info threads", &["vCPU 0: running", "vCPU 1: not started"]);
     assert_eq!(g.said, "", "it ran before gdb let it");
     // Before the kernel has its page tables: nothing is mapped at its addresses.
@@ -181,36 +200,7 @@ fn a_kernel_is_debugged_under_the_translator() {
 #[test]
 fn a_guest_is_debugged_under_the_interpreter() {
     let Some(mut gdb) = Gdb::start() else { return };
-    let scratch = Scratch::new("gdb-tiny");
-    // 64 rounds that store ECX at 90000h: mov ecx, 64; mov [90000h], ecx; dec ecx; jnz; then echo.
-    let code =
-        Code::new().raw(&[0xb9, 64, 0, 0, 0, 0x89, 0x0d, 0, 0, 9, 0, 0x49, 0x75, 0xf7]).print("up\n").echo();
-    let kernel = scratch.file("kernel", &code.multiboot());
-    let socket = scratch.0.join("gdb");
-    let place = format!("unix:{}", text(&socket));
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--accel",
-        "soft,tier=interp",
-        "--memory",
-        "64M",
-        "--net",
-        "none",
-        "--kernel",
-        text(&kernel),
-        "--gdb",
-        &place,
-    ]));
-    while !socket.exists() {
-        assert!(g.is_running());
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    gdb.ask(&format!("target remote {}", text(&socket)));
-    // The image's header is 32 bytes long.
-    gdb.says("p/x $rip", &["0x100020"]);
-    gdb.ask("stepi");
-    gdb.says("p/x $rip", &["0x100025"]);
-    gdb.says("p $rcx", &["= 64"]);
+    let Tiny { mut g, socket, _scratch } = Tiny::start(&mut gdb, "soft,tier=interp");
     gdb.says("watch *(int *)0x90000", &["Hardware watchpoint 1"]);
     for (old, new) in [("0", "64"), ("64", "63"), ("63", "62")] {
         gdb.says("continue", &[&format!("Old value = {old}"), &format!("New value = {new}")]);
@@ -241,34 +231,7 @@ fn a_guest_is_debugged_under_kvm() {
         return;
     }
     let Some(mut gdb) = Gdb::start() else { return };
-    let scratch = Scratch::new("gdb-kvm");
-    let code =
-        Code::new().raw(&[0xb9, 64, 0, 0, 0, 0x89, 0x0d, 0, 0, 9, 0, 0x49, 0x75, 0xf7]).print("up\n").echo();
-    let kernel = scratch.file("kernel", &code.multiboot());
-    let socket = scratch.0.join("gdb");
-    let place = format!("unix:{}", text(&socket));
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--accel",
-        "kvm",
-        "--memory",
-        "32M",
-        "--net",
-        "none",
-        "--kernel",
-        text(&kernel),
-        "--gdb",
-        &place,
-    ]));
-    while !socket.exists() {
-        assert!(g.is_running());
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    gdb.ask(&format!("target remote {}", text(&socket)));
-    gdb.says("p/x $rip", &["0x100020"]);
-    gdb.ask("stepi");
-    gdb.says("p/x $rip", &["0x100025"]);
-    gdb.says("p $rcx", &["= 64"]);
+    let Tiny { mut g, _scratch, .. } = Tiny::start(&mut gdb, "kvm");
     gdb.says("hbreak *0x10002b", &["Hardware assisted breakpoint 1"]);
     gdb.says("continue", &["Breakpoint 1, "]);
     gdb.says("p $rcx", &["= 64"]);

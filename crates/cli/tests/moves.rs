@@ -159,29 +159,6 @@ fn check_ticks(said: &str, vcpus: usize, least: usize) {
     }
 }
 
-fn run_args<'a>(
-    engine: &'a str,
-    vcpus: &'a str,
-    kernel: &'a str,
-    initrd: &'a str,
-    disk: &'a str,
-) -> Vec<&'a str> {
-    let mut args = vec!["run", "--accel", engine, "--cpu", CPU, "--cpus", vcpus, "--memory", "128M"];
-    args.extend([
-        "--kernel",
-        kernel,
-        "--initrd",
-        initrd,
-        "--cmdline",
-        CMDLINE,
-        "--disk",
-        disk,
-        "--save",
-        "state",
-    ]);
-    args
-}
-
 #[test]
 fn linux_moves_between_processes_and_goes_on() {
     let _turn = one_at_a_time();
@@ -193,7 +170,9 @@ fn linux_moves_between_processes_and_goes_on() {
         command.current_dir(&scratch.0);
         Guest::start(command)
     };
-    let mut g = start(&run_args("soft", "2", text(&files.kernel), text(&files.initrd), &disk));
+    let options = ["--cpu", CPU, "--cpus", "2", "--memory", "128M", "--disk", &disk, "--save", "state"];
+    let args = run_args("soft", &files.kernel, &files.initrd, CMDLINE, &options);
+    let mut g = start(&args.iter().map(String::as_str).collect::<Vec<_>>());
     put_to_work(&mut g);
     let rounds = if long() { 10 } else { 3 };
     let mut said = String::new();

@@ -85,15 +85,6 @@ fn sha256(path: &std::path::Path) -> String {
     String::from_utf8_lossy(&out.stdout).split_whitespace().next().expect("a sum").to_owned()
 }
 
-/// Log in as root, and have a shell that does not decorate what it prints.
-fn log_in(g: &mut Guest) {
-    g.expect("login: ");
-    g.send("root\n");
-    g.expect("# ");
-    g.send("exec env TERM=dumb PS1='debian# ' sh\n");
-    g.expect("\rdebian# ");
-}
-
 /// Until `command` succeeds in the guest.
 fn until(g: &mut Guest, command: &str) {
     g.shell(&format!("until {command}; do sleep 0.2; done"));
@@ -132,25 +123,22 @@ fn a_debian_guest_is_online() {
         text(&tftp),
         text(&capture),
     );
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--accel",
+    let mut g = Guest::run(&run_args(
         "soft",
-        "--memory",
-        "1G",
-        "--cpus",
-        "2",
-        "--kernel",
-        text(&guest.kernel),
-        "--initrd",
-        text(&guest.initrd),
-        "--cmdline",
+        &guest.kernel,
+        &guest.initrd,
         &guest.cmdline,
-        "--disk",
-        &format!("path={},snapshot=on", text(&guest.disk)),
-        "--net",
-        &net,
-    ]));
+        &[
+            "--memory",
+            "1G",
+            "--cpus",
+            "2",
+            "--disk",
+            &format!("path={},snapshot=on", text(&guest.disk)),
+            "--net",
+            &net,
+        ],
+    ));
     log_in(&mut g);
 
     // Addresses, by DHCP and router advertisements.
@@ -313,21 +301,13 @@ fn passt_carries_a_guests_frames_when_it_is_there() {
     let content: Vec<u8> = (0..4 << 20).map(|_| random.u8(..)).collect();
     let file = scratch.file("file", &content);
     let web = Web::start("127.0.0.1:0", &[&scratch.0]).expect("a web server");
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--accel",
+    let mut g = Guest::run(&run_args(
         "soft",
-        "--memory",
-        "512M",
-        "--kernel",
-        text(&guest.kernel),
-        "--initrd",
-        text(&guest.initrd),
-        "--cmdline",
+        &guest.kernel,
+        &guest.initrd,
         &guest.cmdline,
-        "--net",
-        "passt,arg=-a,arg=10.5.0.15,arg=-n,arg=24,arg=-g,arg=10.5.0.2",
-    ]));
+        &["--memory", "512M", "--net", "passt,arg=-a,arg=10.5.0.15,arg=-n,arg=24,arg=-g,arg=10.5.0.2"],
+    ));
     g.expect(ringfort_guest::TEST_PROMPT);
     // Its frames are as large as it can carry.
     assert_eq!(g.shell("cat /sys/class/net/eth0/mtu"), "65520");

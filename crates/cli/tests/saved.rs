@@ -284,27 +284,24 @@ fn goes_on(name: &str, engines: &[&str]) {
     let scratch = Scratch::new(name);
     let (disk, layer) = (scratch.disk("disk.img", 16 << 20), scratch.disk("layer.img", 16 << 20));
     let state = scratch.0.join("state");
-    let mut g = Guest::start(ringfort(&[
-        "run",
-        "--accel",
+    let mut g = Guest::run(&run_args(
         engines[0],
-        "--memory",
-        "256M",
-        "--cpus",
-        "2",
-        "--kernel",
-        text(&guest.kernel),
-        "--initrd",
-        text(&guest.initrd),
-        "--cmdline",
+        &guest.kernel,
+        &guest.initrd,
         &guest.cmdline,
-        "--disk",
-        &format!("path={}", text(&disk)),
-        "--disk",
-        &format!("path={},snapshot=on", text(&layer)),
-        "--save",
-        text(&state),
-    ]));
+        &[
+            "--memory",
+            "256M",
+            "--cpus",
+            "2",
+            "--disk",
+            &format!("path={}", text(&disk)),
+            "--disk",
+            &format!("path={},snapshot=on", text(&layer)),
+            "--save",
+            text(&state),
+        ],
+    ));
     g.expect(TEST_PROMPT);
     g.shell("head -c 300000 /dev/urandom >/tmp/noise; dd if=/tmp/noise of=/dev/vda conv=fsync 2>/dev/null; dd if=/tmp/noise of=/dev/vdb conv=fsync 2>/dev/null");
     let sum = g.shell("sha256sum </tmp/noise");

@@ -2,7 +2,7 @@
 //!
 //! One private mapping that is writable and executable, on huge pages where the host has them: a second mapping of shared memory, which would
 //! keep writable and executable addresses apart, is barred from huge pages on most hosts and takes a page fault on either side, which made
-//! boots a tenth slower and counted all code twice. QEMU's and other translators' default is the same.
+//! boots a tenth slower and counted all code twice. QEMU's default is the same.
 
 use std::io;
 

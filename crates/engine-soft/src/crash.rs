@@ -87,7 +87,11 @@ pub fn install() {
             }
         }
         PREVIOUS.0.set(previous);
-        for (signal, _) in SIGNALS {
+        for (old, (signal, _)) in previous.iter().zip(SIGNALS) {
+            // SAFETY: filled just now. What is ignored on purpose stays so.
+            if unsafe { old.assume_init_ref() }.sa_sigaction == libc::SIG_IGN {
+                continue;
+            }
             // SAFETY: the handler calls async-signal-safe functions only, and those that were there before it.
             unsafe {
                 let mut action: libc::sigaction = std::mem::zeroed();
@@ -137,36 +141,8 @@ extern "C" fn on_signal(signal: libc::c_int, info: *mut libc::siginfo_t, context
     }
     // SAFETY: written before this handler was installed; an action is plain data.
     let previous = unsafe { (*PREVIOUS.0.as_ptr())[n].assume_init() };
-    if previous.sa_sigaction == libc::SIG_DFL || previous.sa_sigaction == libc::SIG_IGN {
-        // SAFETY: sets the default action, which ends the process: a fault happens again by itself, what was sent is sent again (it is
-        // blocked here and takes effect on return).
-        unsafe {
-            let mut default: libc::sigaction = std::mem::zeroed();
-            default.sa_sigaction = libc::SIG_DFL;
-            libc::sigaction(signal, &raw const default, ptr::null_mut());
-            if info_ref.si_code <= 0 {
-                libc::raise(signal);
-            }
-        }
-        return;
-    }
-    // SAFETY: a handler that is neither default nor ignored is a function of the kind that its flags say.
-    unsafe {
-        if previous.sa_flags & libc::SA_SIGINFO != 0 {
-            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
-                std::mem::transmute(previous.sa_sigaction);
-            handler(signal, info, context);
-        } else {
-            let handler: extern "C" fn(libc::c_int) = std::mem::transmute(previous.sa_sigaction);
-            handler(signal);
-        }
-        // One that gave up, as Rust's own for stack overflows does: what was sent does not come again by itself.
-        let mut now: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, ptr::null(), &raw mut now);
-        if now.sa_sigaction == libc::SIG_DFL && info_ref.si_code <= 0 {
-            libc::raise(signal);
-        }
-    }
+    // SAFETY: this is a handler with SA_SIGINFO, and the action was in force before it.
+    unsafe { ringfort_base::signals::pass_on(&previous, signal, info, context, || ()) };
 }
 
 fn report(t: &mut Text, signal: &str, info: &libc::siginfo_t, context: &libc::ucontext_t, cpu: *const Cpu) {
@@ -245,7 +221,7 @@ fn report(t: &mut Text, signal: &str, info: &libc::siginfo_t, context: &libc::uc
     t.bytes(host, 16);
     t.line();
     for (n, name) in crate::translate::REGISTERS {
-        let value = match crate::translate::host_register(n) {
+        let value = match crate::translate::pinned(n) {
             Some(h) => context.uc_mcontext.gregs[GREGS[usize::from(h)] as usize] as u64,
             // SAFETY: as for RIP.
             None => unsafe { (&raw const (*cpu).regs[usize::from(n)]).read_volatile() },
@@ -259,8 +235,8 @@ fn report(t: &mut Text, signal: &str, info: &libc::siginfo_t, context: &libc::uc
     t.line();
 }
 
-/// Where the context has the host's general registers, in the order of their numbers.
-const GREGS: [libc::c_int; 16] = [
+/// Where a signal's context has the host's general registers, in the order of their numbers.
+pub const GREGS: [libc::c_int; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
     libc::REG_RDX,

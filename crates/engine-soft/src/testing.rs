@@ -4,6 +4,7 @@
 //! (where the mode pages) accessible to user code.
 
 use crate::cpu::{Cpu, RIP, TrapInfo, gpr};
+pub use crate::crash::GREGS;
 use crate::vcpu::{Env, VcpuShared, VmShared};
 use ringfort_engine::{CpuidTable, MachineBus};
 use ringfort_memory::{Bytes, GuestAddress, GuestMemory, RamMap};

@@ -250,14 +250,8 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                 }
                 Next::Control(request) => {
                     match request.command.run(&machine, &halt, session.as_ref().is_some_and(Session::holds)) {
-                        Some(answer) => request.answer(answer),
-                        None => {
-                            let wanted = match request.command {
-                                control::Command::Continue => Command::Continue,
-                                control::Command::PowerButton => Command::PowerButton,
-                                control::Command::Reset => Command::Reset,
-                                _ => Command::Quit,
-                            };
+                        Ok(answer) => request.answer(answer),
+                        Err(wanted) => {
                             let done = Ok(serde_json::json!({}));
                             if wanted == Command::Quit {
                                 request.last_answer(done);

@@ -84,13 +84,17 @@ fn held_by_other(file: &File, byte: i64) -> io::Result<bool> {
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
 }
 
+/// The permissions: their bits and their numbers.
+fn bits() -> impl Iterator<Item = (u32, i64)> {
+    (0..COUNT).map(|i| (1 << i, i64::from(i)))
+}
+
 /// Lock `file` for as long as it is open.
 ///
 /// # Errors
-/// [`LockError::Conflict`] when another process uses it in a way that does not go together with `access`. The locks
-/// taken until then end with `file`, which the caller drops.
+/// [`LockError::Conflict`] when another process uses it in a way that does not go together with `access`, and still does after
+/// [`LINGERING`]. The locks taken until then end with `file`, which the caller drops.
 pub fn acquire(file: &File, access: Access) -> Result<(), LockError> {
-    let bits = || (0..COUNT).map(|i| (1u32 << i, i64::from(i)));
     for (bit, i) in bits() {
         // First take, then look: of two that come at once, at least one sees the other.
         if access.perm & bit != 0 {
@@ -114,7 +118,7 @@ pub fn acquire(file: &File, access: Access) -> Result<(), LockError> {
 
 /// What of another process's use does not go together with `access`.
 fn conflict(file: &File, access: Access) -> Result<Option<&'static str>, LockError> {
-    for (bit, i) in (0..COUNT).map(|i| (1u32 << i, i64::from(i))) {
+    for (bit, i) in bits() {
         if access.shared & bit == 0 && held_by_other(file, PERM_BASE + i).map_err(LockError::Io)? {
             return Ok(Some(match bit {
                 WRITE => "it is being written",

@@ -70,6 +70,32 @@ pub fn ringfort(args: &[&str]) -> Command {
     c
 }
 
+/// The arguments that boot a kernel under an engine.
+pub fn run_args(engine: &str, kernel: &Path, initrd: &Path, cmdline: &str, options: &[&str]) -> Vec<String> {
+    let (kernel, initrd) = (text(kernel), text(initrd));
+    let first = ["run", "--accel", engine, "--kernel", kernel, "--initrd", initrd, "--cmdline", cmdline];
+    first.iter().chain(options).map(|s| (*s).to_owned()).collect()
+}
+
+/// The arguments that boot the test guest, without a network, with these disks.
+pub fn test_run_args(options: &[&str], disks: &[String]) -> Vec<String> {
+    let guest = test_guest();
+    let mut all = vec!["--memory", "256M", "--net", "none"];
+    all.extend(options);
+    all.extend(disks.iter().flat_map(|d| ["--disk", d]));
+    run_args("soft", &guest.kernel, &guest.initrd, &guest.cmdline, &all)
+}
+
+/// Log in to Debian as root, and have a shell that does not decorate what it prints.
+pub fn log_in(g: &mut Guest) {
+    g.expect("login: ");
+    g.send("root\n");
+    g.expect("# ");
+    g.send("exec env TERM=dumb PS1='debian# ' sh\n");
+    // Bash has put its cursor back to the margin before it hands over.
+    g.expect("\rdebian# ");
+}
+
 /// A running guest.
 pub struct Guest {
     child: std::process::Child,
@@ -93,6 +119,12 @@ impl Guest {
         let stdin = child.stdin.take().expect("piped");
         let stdout = child.stdout.take().expect("piped");
         Guest::with(child, Box::new(stdin), Box::new(stdout))
+    }
+
+    /// Start `ringfort` with these arguments.
+    pub fn run(args: &[String]) -> Guest {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        Guest::start(ringfort(&args))
     }
 
     /// Start `command` on a terminal of its own; also gives the terminal's name.

@@ -226,12 +226,14 @@ impl TlbSet {
 
 /// Where code was fetched from.
 struct Fetched {
-    /// Numbers of 4 KiB pages.
+    /// Numbers of 4 KiB pages; if there are more than [`MOST_PAGES`] any may be one.
     pages: HashSet<u64, BuildKeyHasher>,
     /// 1 GiB regions with code in large pages; a region not among them has none, unless there are more than these.
     large: Vec<u64>,
 }
 
+/// 4 KiB pages remembered: a guest can fetch from one page of RAM at as many addresses as it likes.
+const MOST_PAGES: usize = 16384;
 /// Regions remembered.
 const MOST_LARGE: usize = 8;
 
@@ -242,7 +244,9 @@ impl Fetched {
 
     fn note(&mut self, lin: u64, large: bool) {
         if !large {
-            self.pages.insert(lin >> 12);
+            if self.pages.len() <= MOST_PAGES {
+                self.pages.insert(lin >> 12);
+            }
         } else if self.large.len() <= MOST_LARGE && !self.large.contains(&(lin >> 30)) {
             self.large.push(lin >> 30);
         }
@@ -251,6 +255,7 @@ impl Fetched {
     /// Whether code may have been fetched from `lin`'s page.
     fn holds(&self, lin: u64) -> bool {
         self.pages.contains(&(lin >> 12))
+            || self.pages.len() > MOST_PAGES
             || self.large.len() > MOST_LARGE
             || self.large.contains(&(lin >> 30))
     }
@@ -535,5 +540,23 @@ impl Mmu {
     pub fn note_fetched(&mut self, lin: u64, from: &Fetch) {
         let fetched = if from.global { &mut self.global_fetched } else { &mut self.slots[self.slot].fetched };
         fetched.note(lin, from.large);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_remembered_of_fetches_is_bounded_and_forgets_nothing() {
+        let mut f = Fetched::new();
+        f.note(0x1000, false);
+        assert!(f.holds(0x1fff) && !f.holds(0x2000));
+        // One page of RAM at a great many addresses.
+        (0..MOST_PAGES as u64 * 4).for_each(|n| f.note(n << 12, false));
+        assert!(f.pages.len() <= MOST_PAGES + 1);
+        assert!(f.holds(0x1000) && f.holds((MOST_PAGES as u64 * 4 - 1) << 12));
+        f.clear();
+        assert!(!f.holds(0x1000));
     }
 }

@@ -172,8 +172,8 @@ impl Cpu {
     }
 }
 
-/// The host register that holds a guest general register, if one does.
-pub(super) fn pinned(guest: u8) -> Option<u8> {
+/// The host register that holds a guest general register while translated code runs, if one does.
+pub(crate) fn pinned(guest: u8) -> Option<u8> {
     PINNED.iter().find(|p| p.0 == guest).map(|p| p.1)
 }
 

@@ -1,7 +1,6 @@
 //! Which guest instruction a host address belongs to, for reports of faults. Allocates nothing.
 
 use super::Translator;
-use super::stubs::PINNED;
 use crate::cache::Block;
 
 /// The guest's general registers.
@@ -23,11 +22,6 @@ pub(crate) const REGISTERS: [(u8, &str); 16] = [
     (14, "R14"),
     (15, "R15"),
 ];
-
-/// The host register that holds a guest general register while translated code runs, if one does.
-pub(crate) fn host_register(guest: u8) -> Option<u8> {
-    PINNED.iter().find(|p| p.0 == guest).map(|p| p.1)
-}
 
 /// Where in a block's translation an address lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 //! Code and data lie at fixed addresses below 4 GiB, the same as in the guest, so that addresses mean the same in both. Faults come
 //! back as what the CPU raised (vector, error code, CR2), from the signal's context.
 
+use ringfort_engine_soft::testing::GREGS;
 use std::arch::global_asm;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -141,25 +142,6 @@ static mut FAULT: Option<Fault> = None;
 static ONE: Mutex<()> = Mutex::new(());
 
 const SIGNALS: [i32; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP];
-/// The kernel's order of general registers in a signal context, as indices of `gregs`: for RAX..R15.
-const GREGS: [i32; 16] = [
-    libc::REG_RAX,
-    libc::REG_RCX,
-    libc::REG_RDX,
-    libc::REG_RBX,
-    libc::REG_RSP,
-    libc::REG_RBP,
-    libc::REG_RSI,
-    libc::REG_RDI,
-    libc::REG_R8,
-    libc::REG_R9,
-    libc::REG_R10,
-    libc::REG_R11,
-    libc::REG_R12,
-    libc::REG_R13,
-    libc::REG_R14,
-    libc::REG_R15,
-];
 
 extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a ucontext; `diff_state` and FAULT belong to the one thread that runs native code (see `Runner`).

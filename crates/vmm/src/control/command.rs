@@ -1,6 +1,7 @@
 //! The commands, and how they are written (QEMU qapi/block-core.json, qapi/run-state.json, qapi/machine.json).
 
 use super::{Answer, Refusal, version};
+use crate::chardev::Command as Order;
 use crate::config::Disk;
 use crate::halt::Halt;
 use crate::machine::Machine;
@@ -28,14 +29,8 @@ pub enum Command {
         /// Bytes.
         size: u64,
     },
-    /// `cont`: try again what failed on a disk.
-    Continue,
-    /// `system_powerdown`: press the power button.
-    PowerButton,
-    /// `system_reset`.
-    Reset,
-    /// `quit`: stop the machine and end.
-    Quit,
+    /// What the terminal's escape key can order as well: `cont`, `system_powerdown`, `system_reset`, `quit`.
+    Order(Order),
 }
 
 /// The names of all commands.
@@ -107,17 +102,20 @@ impl Command {
                     .ok_or_else(|| Refusal::new("block_resize needs 'size', a number of bytes"))?;
                 Command::ResizeDisk { disk, size }
             }
-            "cont" => Command::Continue,
-            "system_powerdown" => Command::PowerButton,
-            "system_reset" => Command::Reset,
-            "quit" => Command::Quit,
+            "cont" => Command::Order(Order::Continue),
+            "system_powerdown" => Command::Order(Order::PowerButton),
+            "system_reset" => Command::Order(Order::Reset),
+            "quit" => Command::Order(Order::Quit),
             other => return unknown(format!("no command {other}; query-commands lists them")),
         }))
     }
 
-    /// Do it, if it needs the machine alone; `None` for what the main loop does.
-    pub(crate) fn run(&self, machine: &Machine, halt: &Halt, debugged: bool) -> Option<Answer> {
-        Some(Ok(match self {
+    /// Do it, if it needs the machine alone.
+    ///
+    /// # Errors
+    /// An order, which is the main loop's to do.
+    pub(crate) fn run(&self, machine: &Machine, halt: &Halt, debugged: bool) -> Result<Answer, Order> {
+        Ok(Ok(match self {
             Command::Commands => NAMES.iter().map(|n| json!({ "name": n })).collect(),
             Command::Version => version(),
             Command::Name => json!({ "name": machine.config.name }),
@@ -134,13 +132,13 @@ impl Command {
                 disks.enumerate().map(|(n, (disk, open))| describe(n, disk, open, halt)).collect()
             }
             Command::ResizeDisk { disk, size } => {
-                return Some(match machine.resize_disk(*disk, *size) {
+                return Ok(match machine.resize_disk(*disk, *size) {
                     Ok(()) => Ok(json!({})),
                     Err(crate::VmmError::Disk(what)) => Err(Refusal::new(what)),
                     Err(e) => Err(Refusal::new(e.to_string())),
                 });
             }
-            Command::Continue | Command::PowerButton | Command::Reset | Command::Quit => return None,
+            Command::Order(order) => return Err(*order),
         }))
     }
 }
