@@ -71,6 +71,7 @@ pub struct Block {
     pub heat: Cell<u32>,
     /// Its translation holds only while more than its page is as it was: it says so itself, and is made anew then.
     pub guarded: Cell<bool>,
+    key: u64,
     stamp: Stamp,
     /// For a block that is one page-crossing instruction: the second page's address and stamp.
     second: Option<(u64, Stamp)>,
@@ -92,9 +93,15 @@ impl Block {
             place: Cell::default(),
             heat: Cell::new(0),
             guarded: Cell::new(false),
+            key: 0,
             stamp,
             second,
         }
+    }
+
+    /// What it is found by: its address and decoding mode.
+    pub fn key(&self) -> u64 {
+        self.key
     }
 
     /// Whether all of it lies in one page of RAM.
@@ -179,6 +186,11 @@ impl BlockCache {
     /// The blocks that have a translation.
     pub fn translated(&self) -> impl Iterator<Item = &Block> {
         self.blocks.values().chain(&self.replaced).map(|b| &**b).filter(|b| b.code.get() != 0)
+    }
+
+    /// The block with this key.
+    pub fn by_key(&self, key: u64) -> Option<*const Block> {
+        self.blocks.get(&key).map(|b| &raw const **b)
     }
 
     /// Nothing is found any more. Translations must go as well. What was there is freed bit by bit ([`BlockCache::free_some`]), and stays
@@ -491,7 +503,8 @@ impl Cpu {
         }
     }
 
-    fn keep(&mut self, gpa: u64, block: Block, transient: bool) -> *const Block {
+    fn keep(&mut self, gpa: u64, mut block: Block, transient: bool) -> *const Block {
+        block.key = gpa << 8 | self.mode_key;
         self.cache.decoded += 1;
         self.cache.free_some();
         let block = Box::new(block);

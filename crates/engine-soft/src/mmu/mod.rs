@@ -4,9 +4,11 @@
 //! MMIO, a store to a page that holds decoded code, a watched page) is in `slow`.
 
 mod access;
+mod places;
 mod slow;
 mod tlb;
 mod walk;
 
-pub use tlb::{Fetch, INDEX_MASK, Mapping, Mmu, TlbSet, mode};
+pub use places::{PATIENCE, PLACES, Place, Places};
+pub use tlb::{Fetch, INDEX_MASK, Mapping, Mmu, TLB_ENTRIES, TlbSet, mode};
 pub use walk::{Access, Translation};

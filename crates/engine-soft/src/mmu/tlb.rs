@@ -4,6 +4,7 @@
 //! global; what is not leaves them when the address space changes. User sets are kept for several recently used address spaces (PCIDs), so
 //! that a switch of address spaces by a guest that uses PCIDs empties nothing.
 
+use super::places::Places;
 use crate::hash::BuildKeyHasher;
 use ringfort_memory::RamMap;
 use std::collections::HashSet;
@@ -84,6 +85,8 @@ pub struct TlbSet {
     large: [u64; WORDS],
     /// Some entry may come from a page of 1 GiB.
     huge: bool,
+    /// What places in translated code have taken over from here.
+    pub places: Places,
 }
 
 fn bit(words: &[u64], n: usize) -> bool {
@@ -96,12 +99,13 @@ fn set_bit(words: &mut [u64], n: usize) {
 }
 
 impl TlbSet {
-    fn new() -> Box<TlbSet> {
+    fn new(user: bool) -> Box<TlbSet> {
         // By way of the heap: a set is too large for some threads' stacks.
         let mut set: Box<std::mem::MaybeUninit<TlbSet>> = Box::new_uninit();
-        // SAFETY: all fields are arrays of integers, for which zero bytes are a value; the tags get theirs next.
+        // SAFETY: all fields but the places are arrays of integers, for which zero bytes are a value; the tags get theirs next.
         let mut set = unsafe {
             std::ptr::write_bytes(set.as_mut_ptr(), 0, 1);
+            Places::init(&raw mut (*set.as_mut_ptr()).places, user);
             set.assume_init()
         };
         set.index_mask = INDEX_MASK;
@@ -140,6 +144,7 @@ impl TlbSet {
         self.local = [0; WORDS];
         self.large = [0; WORDS];
         self.huge = false;
+        self.places.clear();
     }
 
     /// Drop what is not global.
@@ -151,6 +156,7 @@ impl TlbSet {
 
     /// Drop the page of `lin`, or all entries from the large page that covers it.
     fn drop_page(&mut self, lin: u64) {
+        self.places.drop_page(lin);
         let index = (lin >> 12) as usize % TLB_ENTRIES;
         if self.page(index) == lin >> 12 {
             self.empty(index);
@@ -176,7 +182,10 @@ impl TlbSet {
     }
 
     /// Drop the fast store paths to the physical page `gpa`.
-    fn drop_writes_to(&mut self, gpa: u64) {
+    fn drop_writes_to(&mut self, gpa: u64, host: Option<u64>) {
+        if let Some(host) = host {
+            self.places.drop_stores_to(host);
+        }
         let touched = self.touched;
         TlbSet::each(&touched, |i| {
             if self.gpa[i] == gpa {
@@ -188,10 +197,14 @@ impl TlbSet {
     fn drop_all_writes(&mut self) {
         let touched = self.touched;
         TlbSet::each(&touched, |i| self.write[i] = NO_PAGE);
+        self.places.clear();
     }
 
     /// Enter a page; `data` if loads are allowed as well (a walk for a fetch does not say so).
     fn insert(&mut self, lin: u64, m: &Mapping, data: bool) {
+        if data {
+            self.places.note(lin, m.large, m.global);
+        }
         let page = lin >> 12;
         let index = page as usize % TLB_ENTRIES;
         self.huge |= m.large.is_some_and(|size| size > 4 << 20);
@@ -322,8 +335,14 @@ impl Mmu {
 
     /// An empty TLB over `ram`, with `maxphyaddr` physical address bits.
     pub fn new(ram: RamMap, maxphyaddr: u32) -> Mmu {
-        let slot =
-            || Slot { pcid: 0, live: false, used: 0, epoch: 0, fetched: Fetched::new(), user: TlbSet::new() };
+        let slot = || Slot {
+            pcid: 0,
+            live: false,
+            used: 0,
+            epoch: 0,
+            fetched: Fetched::new(),
+            user: TlbSet::new(true),
+        };
         let mut m = Mmu {
             tlb: std::ptr::null_mut(),
             context: 0,
@@ -331,7 +350,7 @@ impl Mmu {
             access_mode: mode::SUPERVISOR_USER,
             slot: 0,
             slots: (0..SLOTS).map(|_| slot()).collect(),
-            supervisor: [TlbSet::new(), TlbSet::new()],
+            supervisor: [TlbSet::new(false), TlbSet::new(false)],
             global_epoch: 0,
             global_fetched: Fetched::new(),
             ram,
@@ -438,11 +457,12 @@ impl Mmu {
 
     /// Drop the fast store paths to the physical page `gpa` (page address), in every address space.
     pub fn drop_writes_to(&mut self, gpa: u64) {
+        let host = self.ram.host(gpa).map(|h| h as u64);
         for s in self.slots.iter_mut().filter(|s| s.live) {
-            s.user.drop_writes_to(gpa);
+            s.user.drop_writes_to(gpa, host);
         }
         for set in &mut self.supervisor {
-            set.drop_writes_to(gpa);
+            set.drop_writes_to(gpa, host);
         }
     }
 
@@ -470,7 +490,7 @@ impl Mmu {
 
     /// Send every ordinary load and store by the slow path, or no longer.
     pub fn bypass(&mut self, on: bool) {
-        self.nothing = on.then(TlbSet::new);
+        self.nothing = on.then(|| TlbSet::new(false));
         self.select();
     }
 

@@ -6,7 +6,8 @@ use super::choose::{condition, how, writes_memory};
 use super::control::{Out, context_at};
 use super::flags::{self, ALL};
 use super::group::Group;
-use super::memory::{Operand, Wanted};
+use super::memory::{Miss, Operand, Wanted};
+use super::recall::Recall;
 use super::replay::{At, Producer};
 use super::stubs::{LIVE, PINNED, RIP_AT, live, reg_at};
 use super::uses::{Registers, registers, vector_needs, wanted_after};
@@ -23,7 +24,7 @@ pub(super) const MOST_PER_OP: usize = 600;
 
 /// The slow path of memory accesses: the ops' handlers do all of it.
 struct Slow {
-    from: Hole,
+    from: Miss,
     /// One op, or a group's.
     op: *const Op,
     count: usize,
@@ -43,6 +44,13 @@ pub(super) struct Emit<'a> {
     pub(super) links: &'a mut Vec<Link>,
     /// PEXT is a fast instruction here.
     pub(super) fast_pext: bool,
+    pub(super) recall: &'a mut Recall,
+    /// The block's key.
+    pub(super) key: u64,
+    /// Which instructions do not remember pages.
+    pub(super) probing: u64,
+    /// The block goes back to its own beginning.
+    pub(super) loops: bool,
     pub(super) at: At,
     /// What gave the flags their values, while its registers still hold what they held.
     pub(super) producer: Option<Producer>,
@@ -56,9 +64,11 @@ pub(super) struct Emit<'a> {
     /// For each instruction the flags that are read after it.
     pub(super) wanted: Vec<u32>,
     pub(super) uses: Vec<Registers>,
+    /// For each instruction whether it accesses memory.
+    pub(super) touches: Vec<bool>,
     slow: Vec<Slow>,
     /// The group that is being emitted, where its probe misses, and what gives the flags from before it if they are lost.
-    group: Option<(Group, Hole, Option<Producer>, *const Op)>,
+    group: Option<(Group, Miss, Option<Producer>, *const Op)>,
     pub(super) outs: Vec<Out>,
     /// Conditional jumps whose targets take more than a jump.
     pub(super) later: Vec<(Hole, i64)>,
@@ -201,11 +211,16 @@ impl Translator {
     /// The code of `b`, which others may jump to, is out of date: they go by the jump table from now on.
     pub(super) fn redirect(&mut self, b: &Block) {
         if let Some(to) = self.add_detour(b.first()) {
-            let at = b.code.get() - self.memory.address(0);
-            let distance = to.wrapping_sub(b.code.get() + 5) as u32;
-            self.memory.write(at, &[0xe9]);
-            self.memory.write(at + 1, &distance.to_le_bytes());
+            self.divert(b.code.get(), to);
         }
+    }
+
+    /// Code that begins at `from` is to go on at `to`.
+    pub(super) fn divert(&mut self, from: usize, to: usize) {
+        let at = from - self.memory.address(0);
+        let distance = to.wrapping_sub(from + 5) as u32;
+        self.memory.write(at, &[0xe9]);
+        self.memory.write(at + 1, &distance.to_le_bytes());
     }
 
     /// Code that goes by the jump table to what lies `to` bytes into the page; its address, if there is room.
@@ -254,7 +269,8 @@ impl Translator {
 
 impl<'a> Emit<'a> {
     pub(super) fn new(t: &'a mut Translator, b: &Block) -> Emit<'a> {
-        let Translator { memory, used, cold_used, stubs, encoder, info, links, fast_pext, .. } = t;
+        let Translator { memory, used, cold_used, stubs, encoder, info, links, fast_pext, recall, .. } = t;
+        let probing = recall.probing(b.key());
         let start = *used;
         Emit {
             c: Code::default(),
@@ -264,6 +280,10 @@ impl<'a> Emit<'a> {
             info,
             links,
             fast_pext: *fast_pext,
+            recall,
+            key: b.key(),
+            probing,
+            loops: false,
             at: At::Memory,
             producer: None,
             fresh: false,
@@ -272,6 +292,7 @@ impl<'a> Emit<'a> {
             hows: Vec::new(),
             wanted: Vec::new(),
             uses: Vec::new(),
+            touches: Vec::new(),
             slow: Vec::new(),
             group: None,
             outs: Vec::new(),
@@ -352,7 +373,7 @@ impl Emit<'_> {
     }
 
     /// A memory access's slow path, for when the fast one goes on here.
-    pub(super) fn slow_path(&mut self, from: impl Into<Option<Hole>>, op: *const Op, lost: Option<Producer>) {
+    pub(super) fn slow_path(&mut self, from: impl Into<Option<Miss>>, op: *const Op, lost: Option<Producer>) {
         let Some(from) = from.into() else { return };
         let flags = self.wanted[self.n] != 0 && matches!(self.at, At::Host | At::Both);
         self.slow.push(Slow { from, op, count: 1, back: self.c.at(), flags, lost });
@@ -368,6 +389,11 @@ impl Emit<'_> {
         let next = ops.last().map_or(0, |op| i64::from(op.off) + i64::from(op.len));
         self.wanted = wanted_after(instructions, &self.hows, ops, next, look);
         self.uses = instructions.iter().map(|i| registers(i, self.info)).collect();
+        self.touches = instructions
+            .iter()
+            .zip(ops)
+            .map(|(i, op)| op.flags & op_flags::MEM != 0 || i.is_stack_instruction())
+            .collect();
         for (i, how) in instructions.iter().zip(&self.hows) {
             if let How::Vector { .. } = how {
                 self.vectors |= vector_needs(i);
@@ -375,6 +401,13 @@ impl Emit<'_> {
         }
         self.here = ops.first().map_or(0, |op| op.off.into());
         self.need_vectors();
+        let back = |op: &Op, how: &How| {
+            matches!(how, How::Jump | How::Conditional) && op.imm as i64 == i64::from(ops[0].off)
+        };
+        self.loops = ops
+            .last()
+            .zip(self.hows.last())
+            .is_some_and(|(op, how)| back(op, how) || matches!(how, How::JumpIndirect | How::CallIndirect));
         let mut ended = false;
         let mut groups = self.plan_groups(instructions, ops).into_iter().peekable();
         for (n, (i, op)) in instructions.iter().zip(ops).enumerate() {
@@ -452,7 +485,12 @@ impl Emit<'_> {
     /// The slow paths of memory accesses.
     pub(super) fn emit_slow(&mut self) {
         for s in std::mem::take(&mut self.slow) {
-            self.c.land(s.from);
+            self.c.land(s.from.from);
+            if let Some(r) = s.from.recalled {
+                for hole in self.emit_recalled(r) {
+                    self.c.land(hole);
+                }
+            }
             if let Some(p) = s.lost {
                 self.replay_of(p, T1);
                 self.flags_to_memory(T1);
@@ -662,7 +700,7 @@ impl Emit<'_> {
         let lost = self.lost();
         let wide = op.opsize == 8;
         // The divisor into T0.
-        let mut misses = Vec::new();
+        let mut misses: Vec<Miss> = Vec::new();
         if op.flags & op_flags::MEM != 0 {
             let o = self.operand(op, Wanted { size: op.memsize.into(), write: false, align: 1 });
             let from = self.c.at();
@@ -678,17 +716,17 @@ impl Emit<'_> {
         let w = u8::from(wide) << 3;
         if i.mnemonic() == M::Div {
             self.c.raw(&[0x44 | w, 0x39, 0xea]); // cmp (r)dx, r13
-            misses.push(self.c.jcc(3));
+            misses.push(self.c.jcc(3).into());
             self.c.raw(&[0x41 | w, 0xf7, 0xf5]); // div r13
         } else {
             // The dividend is what CDQ or CQO makes, and the divisor neither 0 nor -1.
             self.c.mov(T1, 0);
             self.c.raw(&[0x41 | w, 0xc1, 0xfe, if wide { 63 } else { 31 }]); // sar r14
             self.c.raw(&[0x41 | w, 0x39, 0xd6]); // cmp r14, (r)dx
-            misses.push(self.c.jcc(5));
+            misses.push(self.c.jcc(5).into());
             self.c.raw(&[0x45 | w, 0x8d, 0x75, 0x01]); // lea r14, [r13 + 1]
             self.c.raw(&[0x41 | w, 0x83, 0xfe, 0x01]); // cmp r14, 1
-            misses.push(self.c.jcc(6));
+            misses.push(self.c.jcc(6).into());
             self.c.raw(&[0x41 | w, 0xf7, 0xfd]); // idiv r13
         }
         for miss in misses {
@@ -754,6 +792,8 @@ impl Emit<'_> {
             }
             new.set_op_register(n, in_width(at, r));
         }
+        let whole = u.writes && u.kills == ALL;
+        let shift = fits && whole && self.keep_for_shift(&new);
         if !fits || !self.host(&new) {
             // Not encodable with its operands moved: the handler does it.
             self.c.bytes.truncate(begin);
@@ -767,9 +807,13 @@ impl Emit<'_> {
         }
         if u.writes {
             self.at = At::Host;
-            let whole = u.kills == ALL && homes.is_empty();
-            self.producer =
-                if whole { Producer::new(&new, 1 << number(i.op0_register()), guests) } else { None };
+            self.producer = if shift {
+                Some(Producer::shift(&new))
+            } else if whole {
+                Producer::new(&new, 1 << number(i.op0_register()), guests, &homes)
+            } else {
+                None
+            };
             self.fresh = true;
         }
         if let Some((miss, lost)) = miss {

@@ -6,6 +6,7 @@
 use super::asm::{Address, Hole, T0, T1, TLB};
 use super::block::{Emit, pinned};
 use super::group::Group;
+use super::recall::Recalled;
 use super::stubs::{KEPT, reg_at};
 use crate::cpu::{Cpu, ZERO};
 use crate::decode::{Op, op_flags};
@@ -19,7 +20,33 @@ pub(super) struct Operand {
     /// The scratch register that is not part of the address.
     pub spare: u8,
     /// Where a miss comes from; none within a group, whose own probe it is.
-    pub miss: Option<Hole>,
+    pub miss: Option<Miss>,
+}
+
+/// Where an access that cannot be done at once comes from.
+#[derive(Clone, Copy)]
+pub(super) struct Miss {
+    pub from: Hole,
+    /// It may only be that it went to another page than before.
+    pub recalled: Option<Recalled>,
+}
+
+impl From<Hole> for Miss {
+    fn from(from: Hole) -> Miss {
+        Miss { from, recalled: None }
+    }
+}
+
+impl From<Hole> for Option<Miss> {
+    fn from(from: Hole) -> Option<Miss> {
+        Some(from.into())
+    }
+}
+
+impl From<(Hole, Recalled)> for Miss {
+    fn from((from, recalled): (Hole, Recalled)) -> Miss {
+        Miss { from, recalled: Some(recalled) }
+    }
 }
 
 /// What an access wants.
@@ -92,6 +119,11 @@ impl Emit<'_> {
         }
         let at = self.address(op);
         let uses_t0 = at.base == Some(T0) || at.index.is_some_and(|i| i.0 == T0);
+        if self.recalls(wanted)
+            && let Some(which) = self.place_of(op)
+        {
+            return self.recalled_operand(which, at, uses_t0, wanted);
+        }
         let miss = self.probe(at, wanted);
         let again = if uses_t0 { self.address(op) } else { at };
         self.placed(again, uses_t0, miss)
@@ -103,6 +135,11 @@ impl Emit<'_> {
             debug_assert_eq!(at.base, Some(base));
             return Emit::in_group(base, at.disp);
         }
+        if self.recalls(wanted)
+            && let Some(which) = at.base.and_then(|base| self.place_at(base))
+        {
+            return self.recalled_operand(which, at, false, wanted);
+        }
         let miss = self.probe(at, wanted);
         self.placed(at, false, miss)
     }
@@ -113,14 +150,19 @@ impl Emit<'_> {
     }
 
     /// Probe for a group; the distance comes into [`T1`], where it stays while the group lasts.
-    pub(super) fn probe_group(&mut self, g: &Group) -> Hole {
+    pub(super) fn probe_group(&mut self, g: &Group) -> Miss {
         let at = Address { base: Some(g.base), index: None, disp: g.low };
         let wanted = Wanted { size: (g.high - g.low) as usize, write: g.write, align: 1 };
+        if self.recalls(wanted)
+            && let Some(which) = self.place_at(g.base)
+        {
+            return self.recall(which, at, wanted, true).into();
+        }
         let miss = self.probe(at, wanted);
         let addend =
             Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 };
         self.c.mem(0x8b, T1, addend);
-        miss
+        miss.into()
     }
 
     /// Leaves the entry's index in [`T1`]; [`T0`] is clobbered once `at` has been used.
@@ -168,7 +210,7 @@ impl Emit<'_> {
     }
 
     fn placed(&mut self, at: Address, uses_t0: bool, miss: Hole) -> Operand {
-        let miss = Some(miss);
+        let miss = Some(miss.into());
         let addend =
             Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 };
         let one = match at {

@@ -20,6 +20,7 @@ mod gs;
 mod idiom;
 mod memory;
 mod place;
+mod recall;
 mod replay;
 mod stubs;
 mod system;
@@ -39,7 +40,7 @@ use stubs::Stubs;
 /// Bytes of code memory of one vCPU. When they are used up, all translations are dropped.
 const CODE_SIZE: usize = 64 << 20;
 /// Executions of a block by the interpreter before it is translated. Small guests of unit tests are to be translated too.
-const HOT: u32 = if cfg!(test) { 2 } else { 12 };
+const HOT: u32 = if cfg!(test) { 2 } else { 4 };
 /// Polls (backward jumps, calls, look-ups) between two looks at requests.
 const BUDGET: i32 = 64;
 /// Looks at requests before the run loop looks at the clock.
@@ -110,6 +111,8 @@ pub struct Hot {
     base: usize,
     /// Something put aside.
     kept: u64,
+    /// What a register held before a shift: see [`replay`].
+    undo: u64,
     /// Polls still to pass before requests are looked at.
     budget: i32,
     /// Looks at requests still to pass before coming back.
@@ -118,6 +121,8 @@ pub struct Hot {
     relink: i32,
     /// MXCSR of host code.
     host_mxcsr: u32,
+    /// The place that missed when patience with it ended; bit 31 is set if there is one.
+    missing: u32,
     /// What of the vector state is in the host's registers.
     live: u8,
     /// What of it may be.
@@ -138,6 +143,7 @@ pub struct Translator {
     encoder: iced_x86::Encoder,
     info: iced_x86::InstructionInfoFactory,
     links: Vec<Link>,
+    recall: recall::Recall,
     fast_pext: bool,
     panic: Option<Box<dyn std::any::Any + Send>>,
     /// Executions before translation.
@@ -165,10 +171,12 @@ impl Hot {
             code: 0,
             base: 0,
             kept: 0,
+            undo: 0,
             budget: 0,
             looks: 0,
             relink: RELINK,
             host_mxcsr: 0x1f80,
+            missing: 0,
             live: 0,
             allowed: 0,
             interpret: false,
@@ -201,6 +209,7 @@ impl Translator {
             encoder: iced_x86::Encoder::new(64),
             info: iced_x86::InstructionInfoFactory::new(),
             links: Vec::new(),
+            recall: recall::Recall::new(),
             fast_pext: fast_pext(),
             panic: None,
             hot: HOT,
@@ -230,6 +239,7 @@ impl Translator {
         self.cold_used = self.memory.size() / 2;
         self.jumps.fill(NO_JUMP);
         self.links.clear();
+        self.recall.clear();
     }
 }
 
@@ -237,6 +247,9 @@ impl Translator {
 extern "C" fn call_op(cpu: *mut Cpu, op: *const Op) -> u32 {
     // SAFETY: translated code passes the Cpu that it runs for, to which no other reference is in use meanwhile, and an op of a block that the cache holds.
     let (cpu, op) = unsafe { (&mut *cpu, &*op) };
+    if cpu.hot.missing != 0 {
+        cpu.reconsider();
+    }
     // Just this op: frequent handlers would go on to the next one below `block_end`. Null afterwards means that the block is to end.
     cpu.current = op;
     cpu.block_end = op;

@@ -5,7 +5,7 @@
 
 use super::asm::{RAX, T0, T1};
 use super::block::{Emit, How, in_width, number};
-use super::stubs::ARITH;
+use super::stubs::{ARITH, UNDO, reg_at};
 use iced_x86::{Code as I, Instruction, Mnemonic as M, OpKind, Register};
 
 /// Where the guest's arithmetic flags are.
@@ -27,13 +27,18 @@ pub(super) struct Producer {
     i: Instruction,
     /// Guest registers that giving them again depends on, a bit each.
     pub(super) guests: u32,
+    /// The one of them that lives in memory, and the host register that stands for it in the instruction.
+    home: Option<(u8, u8)>,
+    /// What operand 0 held before is in [`UNDO`].
+    undo: bool,
 }
 
 impl Producer {
-    /// For host instruction `i`, which sets all flags and has these guest registers as operands, all of them pinned.
+    /// For host instruction `i`, which sets all flags and has these guest registers as operands; those of `homes` live in memory, and host
+    /// registers stood for them.
     ///
     /// `first` is that of operand 0.
-    pub(super) fn new(i: &Instruction, first: u32, guests: u32) -> Option<Producer> {
+    pub(super) fn new(i: &Instruction, first: u32, guests: u32, homes: &[(u8, u8)]) -> Option<Producer> {
         let register = |n| i.op_kind(n) == OpKind::Register;
         if i.op_count() == 0 || !register(0) || (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
             return None;
@@ -53,20 +58,55 @@ impl Producer {
                 | I::Sub_EAX_imm32
                 | I::Sub_RAX_imm32
         );
+        // One scratch register is all that there is to give them again.
+        let home = match i.mnemonic() {
+            M::And | M::Or | M::Xor => homes.iter().find(|h| number(i.op_register(0)) == h.1).copied(),
+            M::Cmp | M::Test if homes.len() > 1 => return None,
+            M::Add | M::Sub if two && register(1) && !homes.is_empty() => return None,
+            _ => homes.first().copied(),
+        };
         let fits = match i.mnemonic() {
             M::Cmp | M::Test => true,
             // Nothing is left to depend on.
-            M::Xor | M::Sub if twice => return Some(Producer { i: *i, guests: 0 }),
-            M::And | M::Or | M::Xor => return Some(Producer { i: *i, guests: first }),
+            M::Xor | M::Sub if twice => return Some(Producer { i: *i, guests: 0, home: None, undo: false }),
+            M::And | M::Or | M::Xor => return Some(Producer { i: *i, guests: first, home, undo: false }),
             M::Neg => !high(0),
             M::Add | M::Sub => two && !same_full && !high(0) && !high(1) && !accumulator,
             _ => false,
         };
-        fits.then_some(Producer { i: *i, guests })
+        fits.then_some(Producer { i: *i, guests, home, undo: false })
+    }
+
+    /// For a shift by a constant, whose register's value of before is kept.
+    pub(super) fn shift(i: &Instruction) -> Producer {
+        Producer { i: *i, guests: 0, home: None, undo: true }
     }
 }
 
+/// Whether `i` is a shift that can only be done again with what its register held before.
+fn is_shift(i: &Instruction) -> bool {
+    matches!(i.mnemonic(), M::Shl | M::Sal | M::Shr | M::Sar)
+        && i.op0_kind() == OpKind::Register
+        && i.op1_kind() == OpKind::Immediate8
+        && !(Register::AH..=Register::BH).contains(&i.op0_register())
+}
+
 impl Emit<'_> {
+    /// Whether the instruction at hand, of which `i` is the host's form, is a shift whose flags will have to be had again: then the value of its
+    /// register goes to memory first.
+    pub(super) fn keep_for_shift(&mut self, i: &Instruction) -> bool {
+        let spared = || {
+            (self.n + 1..self.hows.len())
+                .take_while(|&m| self.wanted[m - 1] != 0 && self.hows[m] != How::Call)
+                .any(|m| self.touches[m])
+        };
+        let keep = is_shift(i) && spared();
+        if keep {
+            self.c.store_cpu(number(i.op0_register()), UNDO);
+        }
+        keep
+    }
+
     /// Flags go to memory if they are not there.
     pub(super) fn save_flags(&mut self) {
         // Within a group the other one is not free.
@@ -144,10 +184,23 @@ impl Emit<'_> {
     }
 
     pub(super) fn replay_of(&mut self, p: Producer, temp: u8) {
-        let i = p.i;
+        let mut i = p.i;
+        if let Some((guest, stood)) = p.home {
+            self.c.load_cpu(temp, reg_at(guest));
+            for n in 0..i.op_count() {
+                let r = i.op_register(n);
+                if i.op_kind(n) == OpKind::Register && number(r) == stood {
+                    i.set_op_register(n, in_width(temp, r));
+                }
+            }
+        }
         let dst = i.op_register(0);
         let mut renamed = i;
         renamed.set_op_register(0, in_width(temp, dst));
+        if p.undo {
+            self.c.load_cpu(temp, UNDO);
+            return self.must(&renamed);
+        }
         match i.mnemonic() {
             M::Cmp | M::Test => self.must(&i),
             _ if p.guests == 0 => self.c.rr(0x31, temp, temp), // xor temp, temp
@@ -167,13 +220,17 @@ impl Emit<'_> {
                 self.must(&test);
             }
             M::Neg => {
-                self.c.mov(temp, number(dst));
+                if number(dst) != temp {
+                    self.c.mov(temp, number(dst));
+                }
                 self.must(&renamed);
                 self.must(&renamed);
             }
             _ => {
                 // Undone, then done again: ADD by SUB and the other way round.
-                self.c.mov(temp, number(dst));
+                if number(dst) != temp {
+                    self.c.mov(temp, number(dst));
+                }
                 let from = self.c.at();
                 self.must(&renamed);
                 invert(&mut self.c.bytes[from..]);

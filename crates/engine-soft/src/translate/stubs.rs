@@ -50,6 +50,10 @@ pub const RELINK: i32 = hot_at(offset_of!(Hot, relink));
 pub const LIVE: i32 = hot_at(offset_of!(Hot, live));
 /// Offset of a place for one value.
 pub const KEPT: i32 = hot_at(offset_of!(Hot, kept));
+/// Offset of the number of a place that often misses.
+pub const MISSING: i32 = hot_at(offset_of!(Hot, missing));
+/// Offset of what a register held before a shift.
+pub const UNDO: i32 = hot_at(offset_of!(Hot, undo));
 const ALLOWED: i32 = hot_at(offset_of!(Hot, allowed));
 const BASE: i32 = hot_at(offset_of!(Hot, base));
 const SELF: i32 = hot_at(offset_of!(Hot, cpu));
@@ -61,9 +65,9 @@ const MXCSR: i32 = (offset_of!(Cpu, vec) + offset_of!(Vectors, mxcsr)) as i32;
 
 /// What of the guest's vector state is in the host's registers, and what may be executed on it; for [`Hot::live`] and [`Hot::allowed`].
 pub mod live {
-    /// Registers; SSE instructions may execute.
+    /// The registers' lower halves; SSE instructions may execute.
     pub const SSE: u8 = 1;
-    /// AVX instructions may execute.
+    /// All of the registers; AVX instructions may execute.
     pub const AVX: u8 = 2;
     /// MXCSR, which masks all exceptions: arithmetic may execute.
     pub const MXCSR: u8 = 4;
@@ -90,6 +94,10 @@ pub struct Stubs {
     /// Make the vector state live; [`T0`] says what is needed ([`live`], from bit 16 on) and where it is (offset in the page). To be called.
     /// Leaves with [`exit::INTERPRET`] if that is not allowed.
     pub vectors: usize,
+    /// See [`super::recall::stub`].
+    pub recall_read: usize,
+    /// The same for stores.
+    pub recall_write: usize,
     pub end: usize,
 }
 
@@ -112,7 +120,7 @@ fn reload(c: &mut Code) {
     c.load_cpu(TLB, TLB_SET);
 }
 
-/// Move all vector registers between the `Cpu` and the host's.
+/// Move all vector registers (`avx`), or their lower halves, between the `Cpu` and the host's.
 fn vectors(c: &mut Code, store: bool, avx: bool) {
     for n in 0..16u8 {
         let modrm = [(n & 7) << 3 | 4, 0x25];
@@ -142,9 +150,17 @@ impl Stubs {
 
         // Vector registers and MXCSR go to the Cpu. Keeps all general registers.
         let save_vectors = c.at();
-        vectors(&mut c, true, avx);
         if avx {
+            c.test_cpu8(LIVE, live::AVX);
+            let halves = c.jcc(4);
+            vectors(&mut c, true, true);
             c.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
+            let saved = c.jmp();
+            c.land(halves);
+            vectors(&mut c, true, false);
+            c.land(saved);
+        } else {
+            vectors(&mut c, true, false);
         }
         c.test_cpu8(LIVE, live::MXCSR);
         let plain = c.jcc(4);
@@ -336,14 +352,29 @@ impl Stubs {
         c.cpu32(&[0x22], T1, ALLOWED); // and r14b, [allowed]
         c.raw(&[0x45, 0x38, 0xee]); // cmp r14b, r13b
         let refused = c.jcc(5);
-        c.cpu32(&[0x80], 7, LIVE);
-        c.raw(&[0]); // cmp byte [live], 0
-        let have = c.jcc(5);
+        // SSE instructions keep the upper halves, so as long as only they execute those stay in memory: the host takes a register whose upper
+        // half was loaded for one that an SSE instruction depends on even where it writes all of the lower half.
+        c.raw(&[0x41, 0xf6, 0xc5, live::AVX]); // test r13b
+        let only_sse = c.jcc(4);
+        c.test_cpu8(LIVE, live::AVX);
+        let have_avx = c.jcc(5);
+        c.test_cpu8(LIVE, live::SSE);
+        let nothing = c.jcc(4);
+        vectors(&mut c, true, false);
+        c.land(nothing);
         vectors(&mut c, false, avx);
-        c.cpu32(&[0x8a], T1, ALLOWED); // mov r14b, [allowed]
-        c.raw(&[0x41, 0x80, 0xe6, live::SSE | live::AVX]); // and r14b
-        c.cpu32(&[0x88], T1, LIVE); // mov [live], r14b
-        c.land(have);
+        c.cpu32(&[0x80], 1, LIVE);
+        c.raw(&[live::SSE | live::AVX]); // or byte [live]
+        let loaded = c.jmp();
+        c.land(only_sse);
+        c.test_cpu8(LIVE, live::SSE);
+        let have_sse = c.jcc(5);
+        vectors(&mut c, false, false);
+        c.cpu32(&[0x80], 1, LIVE);
+        c.raw(&[live::SSE]); // or byte [live]
+        for h in [have_avx, loaded, have_sse] {
+            c.land(h);
+        }
         c.raw(&[0x41, 0xf6, 0xc5, live::MXCSR]); // test r13b
         let no_mxcsr = c.jcc(4);
         c.test_cpu8(LIVE, live::MXCSR);
@@ -359,10 +390,28 @@ impl Stubs {
         let hole = c.jmp();
         c.fill(hole, interpret - base);
 
+        let fast_pext = super::fast_pext();
+        let recall_read = base + c.at();
+        super::recall::stub(&mut c, false, fast_pext);
+        let recall_write = base + c.at();
+        super::recall::stub(&mut c, true, fast_pext);
+
         c.bytes[no_return..no_return + 8].copy_from_slice(&lowest_pair.to_le_bytes());
         memory.write(0, &c.bytes);
         let end = c.at().next_multiple_of(64);
-        Stubs { enter, poll, link, interpret, look_up, return_miss, call, vectors: vectors_at, end }
+        Stubs {
+            enter,
+            poll,
+            link,
+            interpret,
+            look_up,
+            return_miss,
+            call,
+            vectors: vectors_at,
+            recall_read,
+            recall_write,
+            end,
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod delivery;
 mod hostile;
 mod modes;
 mod paging;
+mod recall;
 mod support;
 mod tasks;
 mod transfer;

@@ -19,6 +19,8 @@ mod hostile;
 mod modes;
 #[path = "../system/paging.rs"]
 mod paging;
+#[path = "../system/recall.rs"]
+mod recall;
 #[path = "../system/support.rs"]
 mod support;
 #[path = "../system/tasks.rs"]

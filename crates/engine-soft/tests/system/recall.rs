@@ -1,0 +1,229 @@
+//! Loops whose memory accesses go to the same page again and again, while that page becomes another, loses rights or gets code.
+
+use crate::support::{End, Guest};
+use iced_x86::code_asm::*;
+use ringfort_engine_soft::cpu::gpr;
+use ringfort_engine_soft::testing::{TestMode, layout};
+use ringfort_x86::cr::CR4_PGE;
+
+/// A linear address beyond RAM, free to map.
+const LIN: u64 = 0x4000_0000;
+/// Free pages of RAM.
+const PAGE: u64 = 0x30_0000;
+/// Present, writable, global.
+const RIGHTS: u64 = 0x103;
+const W: u64 = 2;
+
+/// With LIN mapped to PAGE, globally; RDI and RSI are the addresses of its page-table entry and LIN.
+fn guest() -> Guest {
+    let mut g = Guest::new(TestMode::Long64);
+    g.m.map(LIN, PAGE, RIGHTS);
+    g.cpu().cr4 |= CR4_PGE;
+    g.m.refresh();
+    g.cpu().regs[gpr::RDI] = entry_of(&g, LIN);
+    g.cpu().regs[gpr::RSI] = LIN;
+    g
+}
+
+fn entry_of(g: &Guest, lin: u64) -> u64 {
+    let mut table = layout::TABLES;
+    for level in (1..4).rev() {
+        table = g.m.read_u64(table + (lin >> (12 + 9 * level) & 0x1ff) * 8) & 0x000f_ffff_ffff_f000;
+    }
+    table + (lin >> 12 & 0x1ff) * 8
+}
+
+/// A block that loops `count` times over `f`, and nothing else.
+fn repeat(a: &mut CodeAssembler, count: u32, f: impl FnOnce(&mut CodeAssembler)) {
+    let mut top = a.create_label();
+    let mut next = a.create_label();
+    a.mov(ecx, count).unwrap();
+    a.jmp(top).unwrap();
+    a.set_label(&mut top).unwrap();
+    f(a);
+    a.dec(ecx).unwrap();
+    a.jnz(top).unwrap();
+    a.set_label(&mut next).unwrap();
+    a.nop().unwrap();
+}
+
+#[test]
+fn a_page_that_becomes_another_is_read_and_written_there() {
+    let mut g = guest();
+    g.m.write(PAGE, &1u64.to_le_bytes());
+    g.m.write(PAGE + 0x1000, &100u64.to_le_bytes());
+    g.halts(|a| {
+        a.xor(eax, eax).unwrap();
+        let mut again = a.create_label();
+        a.mov(ebp, 30).unwrap();
+        a.set_label(&mut again).unwrap();
+        for _ in 0..2 {
+            repeat(a, 5, |a| a.add(rax, qword_ptr(rsi)).unwrap());
+            repeat(a, 3, |a| a.inc(dword_ptr(rsi + 8)).unwrap());
+            a.xor(qword_ptr(rdi), 0x1000).unwrap();
+            a.invlpg(byte_ptr(rsi)).unwrap();
+        }
+        a.dec(ebp).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    });
+    assert_eq!(g.reg(gpr::RAX), 30 * 5 * 101);
+    for page in [PAGE, PAGE + 0x1000] {
+        assert_eq!(g.m.read_u64(page + 8), 90);
+    }
+}
+
+#[test]
+fn a_page_that_may_no_longer_be_written_faults_though_it_may_be_read() {
+    let mut g = guest();
+    g.cpu().cr0 |= 1 << 16;
+    let end = {
+        g.code(|a| {
+            for _ in 0..2 {
+                repeat(a, 40, |a| {
+                    a.add(rax, qword_ptr(rsi)).unwrap();
+                    a.mov(dword_ptr(rsi + 8), ecx).unwrap();
+                });
+                a.and(qword_ptr(rdi), !(W as i32)).unwrap();
+                a.invlpg(byte_ptr(rsi)).unwrap();
+            }
+            a.hlt().unwrap();
+        });
+        g.run()
+    };
+    assert_eq!((end, g.stack(0), g.cpu().cr2), (End::Vector(14), 3, LIN + 8));
+    assert_eq!(g.reg(gpr::RCX), 40);
+}
+
+#[test]
+fn a_read_only_page_is_not_written_because_it_was_read() {
+    let mut g = guest();
+    g.cpu().cr0 |= 1 << 16;
+    g.m.map(LIN, PAGE, RIGHTS & !W);
+    g.m.refresh();
+    g.code(|a| {
+        repeat(a, 40, |a| a.add(rax, qword_ptr(rsi)).unwrap());
+        repeat(a, 40, |a| a.mov(dword_ptr(rsi + 8), ecx).unwrap());
+        a.hlt().unwrap();
+    });
+    assert_eq!((g.run(), g.stack(0)), (End::Vector(14), 3));
+}
+
+/// A table at a fixed address: loads and stores of it have places that several instructions share.
+#[test]
+fn a_fixed_address_that_becomes_read_only() {
+    let mut g = guest();
+    g.cpu().cr0 |= 1 << 16;
+    g.code(|a| {
+        for _ in 0..2 {
+            repeat(a, 20, |a| {
+                a.add(rax, qword_ptr(LIN)).unwrap();
+                a.inc(dword_ptr(LIN + 8)).unwrap();
+            });
+            a.and(qword_ptr(rdi), !(W as i32)).unwrap();
+            a.invlpg(byte_ptr(rsi)).unwrap();
+        }
+        a.hlt().unwrap();
+    });
+    assert_eq!((g.run(), g.stack(0)), (End::Vector(14), 3));
+    assert_eq!(g.m.read_u64(PAGE + 8), 20);
+}
+
+#[test]
+fn stores_into_a_page_that_got_code_count() {
+    let mut g = guest();
+    // MOV EDX, imm32; RET
+    g.m.write(PAGE + 0x100, &[0xba, 0, 0, 0, 0, 0xc3]);
+    g.halts(|a| {
+        let mut again = a.create_label();
+        a.xor(ebx, ebx).unwrap();
+        a.mov(ebp, 50).unwrap();
+        a.set_label(&mut again).unwrap();
+        // Twice each: the page takes no code between the first two.
+        repeat(a, 3, |a| a.mov(dword_ptr(rsi + 0x101), ebp).unwrap());
+        a.lea(rax, qword_ptr(rsi + 0x100)).unwrap();
+        a.call(rax).unwrap();
+        a.add(ebx, edx).unwrap();
+        a.call(rax).unwrap();
+        a.add(ebx, edx).unwrap();
+        a.dec(ebp).unwrap();
+        a.jnz(again).unwrap();
+        a.hlt().unwrap();
+    });
+    assert_eq!(g.reg(gpr::RBX), 2 * 50 * 51 / 2);
+}
+
+/// Accesses that find another page each time; those give up remembering. Some cross pages, some are misaligned.
+#[test]
+fn walks_over_many_pages() {
+    const PAGES: u64 = 16;
+    let mut g = guest();
+    for n in 0..PAGES {
+        g.m.map(LIN + n * 0x1000, PAGE + n * 0x1000, RIGHTS);
+    }
+    g.m.refresh();
+    let sum = (0..PAGES * 512).fold(0u64, |sum, n| {
+        g.m.write(PAGE + n * 8, &(n * n * 0x1_0001).to_le_bytes());
+        sum.wrapping_add(n * n * 0x1_0001)
+    });
+    for step in [8u64, 0x1000, 0x1008, 0x7f8] {
+        g.halts(|a| {
+            a.xor(eax, eax).unwrap();
+            a.xor(edx, edx).unwrap();
+            a.mov(r10, PAGES * 0x1000 - 1).unwrap();
+            a.mov(rbx, LIN).unwrap();
+            repeat(a, (PAGES * 512) as u32, |a| {
+                a.add(rax, qword_ptr(rbx + rdx)).unwrap();
+                a.shr(ebp, 1).unwrap();
+                a.add(rdx, step as i32).unwrap();
+                a.and(rdx, r10).unwrap();
+            });
+            a.hlt().unwrap();
+        });
+        let expected = match step {
+            8 => sum,
+            _ => {
+                let at = |n: u64| LIN + (n * step) % (PAGES * 0x1000);
+                (0..PAGES * 512).fold(0u64, |s, n| s.wrapping_add(g.m.read_u64(at(n) - LIN + PAGE)))
+            }
+        };
+        assert_eq!(g.reg(gpr::RAX), expected, "{step:#x}");
+    }
+    // Across page boundaries, by words at odd addresses.
+    g.halts(|a| {
+        a.xor(eax, eax).unwrap();
+        a.mov(rbx, LIN + 0xfff).unwrap();
+        repeat(a, (PAGES - 1) as u32, |a| {
+            a.add(ax, word_ptr(rbx)).unwrap();
+            a.add(rbx, 0x1000).unwrap();
+        });
+        a.hlt().unwrap();
+    });
+    let words = (1..PAGES).fold(0u16, |s, n| {
+        s.wrapping_add(u16::from_le_bytes(g.m.read(PAGE + n * 0x1000 - 1, 2).try_into().unwrap()))
+    });
+    assert_eq!(g.reg(gpr::RAX) as u16, words);
+}
+
+/// The flags of a shift, asked for only when the access after it faults.
+#[test]
+fn a_fault_after_a_shift_finds_its_flags() {
+    let mut g = guest();
+    g.m.map(LIN, PAGE, 0);
+    g.m.refresh();
+    for (value, count, flags) in [(0x8000_0001u32, 1, 0x805), (3, 1, 1), (2, 2, 0x45), (0xff, 4, 5)] {
+        g.cpu().regs[gpr::RSI] = LIN;
+        g.code(|a| {
+            a.mov(ebx, value).unwrap();
+            a.shr(ebx, count).unwrap();
+            a.mov(edx, dword_ptr(rsi)).unwrap();
+            a.add(edx, ebx).unwrap();
+            a.hlt().unwrap();
+        });
+        assert_eq!(g.run(), End::Vector(14));
+        // OF (of shifts by one), ZF, PF and CF.
+        let mask = if count == 1 { 0x845 } else { 0x45 };
+        assert_eq!(g.stack(3) & mask, flags & mask, "{value:#x} >> {count}");
+        g.m.refresh();
+    }
+}
