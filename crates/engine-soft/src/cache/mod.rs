@@ -24,6 +24,10 @@ const MAX_OPS: usize = 48;
 const JUMPS: usize = 32768;
 /// Ops held before the cache is emptied.
 const CAPACITY: usize = 1_000_000;
+/// Blocks whose executions are counted also while the block is forgotten; further ones share a count.
+const HEATS: usize = 1 << 17;
+/// Ops held in blocks that have no translation (yet) before those are forgotten: most code of a boot executes once or twice.
+const YOUNG: usize = 30_000;
 /// Most blocks that are freed at once: so that emptying a full cache does not keep the guest waiting, they go a few with each that comes.
 const FREED_AT_ONCE: usize = 16;
 
@@ -74,7 +78,7 @@ pub struct Block {
     key: u64,
     stamp: Stamp,
     /// For a block that is one page-crossing instruction: the second page's address and stamp.
-    second: Option<(u64, Stamp)>,
+    second: Option<Box<(u64, Stamp)>>,
 }
 
 impl Block {
@@ -95,7 +99,7 @@ impl Block {
             guarded: Cell::new(false),
             key: 0,
             stamp,
-            second,
+            second: second.map(Box::new),
         }
     }
 
@@ -116,7 +120,7 @@ impl Block {
 
     /// For a block that is one page-crossing instruction the second page's code word, and its value when the block was decoded.
     pub fn second_stamp(&self) -> Option<(*const AtomicU32, u32)> {
-        self.second.as_ref().map(|(_, s)| (s.word, s.value))
+        self.second.as_ref().map(|s| (s.1.word, s.1.value))
     }
 
     /// The page's code word, and its value when the block was decoded.
@@ -126,7 +130,7 @@ impl Block {
 
     #[inline(always)]
     fn fresh(&self) -> bool {
-        self.stamp.fresh() && self.second.as_ref().is_none_or(|(_, s)| s.fresh())
+        self.stamp.fresh() && self.second.as_ref().is_none_or(|s| s.1.fresh())
     }
 }
 
@@ -143,6 +147,9 @@ const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, block: ptr::null() };
 pub struct BlockCache {
     #[allow(clippy::vec_box, reason = "jump-cache entries point to the blocks, so they must not move")]
     blocks: HashMap<u64, Box<Block>, BuildKeyHasher>,
+    /// Those that have no translation yet.
+    #[allow(clippy::vec_box, reason = "as for `blocks`")]
+    young: HashMap<u64, Box<Block>, BuildKeyHasher>,
     jumps: Box<[Jump; JUMPS]>,
     /// A block that must not be found again: its bytes are not in RAM.
     transient: Option<Box<Block>>,
@@ -154,8 +161,12 @@ pub struct BlockCache {
     /// The same of `replaced`.
     #[allow(clippy::vec_box, reason = "as for `blocks`: moving pointers is quicker than moving blocks")]
     leaving_replaced: Vec<Box<Block>>,
-    /// Ops in `blocks` and `replaced`.
+    /// How often blocks without a translation were executed, by a hash of the key.
+    heats: Box<[u8; HEATS]>,
+    /// Ops in `blocks`, `young` and `replaced`.
     ops: usize,
+    /// Ops in `young`.
+    young_ops: usize,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// Under which context the block found last was remembered.
@@ -170,12 +181,15 @@ impl Default for BlockCache {
         let blocks = HashMap::default();
         BlockCache {
             blocks,
+            young: HashMap::default(),
             jumps: Box::new([NO_JUMP; JUMPS]),
             transient: None,
             replaced: Vec::new(),
             leaving: Vec::new(),
             leaving_replaced: Vec::new(),
+            heats: Box::new([0; HEATS]),
             ops: 0,
+            young_ops: 0,
             decoded: 0,
             context: 0,
         }
@@ -190,12 +204,56 @@ impl BlockCache {
 
     /// The block with this key.
     pub fn by_key(&self, key: u64) -> Option<*const Block> {
-        self.blocks.get(&key).map(|b| &raw const **b)
+        self.blocks.get(&key).or_else(|| self.young.get(&key)).map(|b| &raw const **b)
+    }
+
+    /// Enter a block that was just decoded.
+    fn insert(&mut self, block: Box<Block>) {
+        let (key, ops) = (block.key, block.ops.len());
+        if self.young_ops > YOUNG {
+            self.forget_young();
+        }
+        self.ops += ops;
+        self.young_ops += ops;
+        block.heat.set(self.heats[heat_slot(key)].into());
+        // Jump-cache entries may still point to what it takes the place of; they find it stale, or their context has changed.
+        if let Some(old) = self.young.insert(key, block) {
+            self.young_ops -= old.ops.len();
+            self.replaced.push(old);
+        }
+        self.replaced.extend(self.blocks.remove(&key));
+    }
+
+    /// The interpreter is going to execute a block: how often that was, with this time.
+    pub fn warm(&mut self, b: &Block) -> u32 {
+        let heat = b.heat.get() + 1;
+        b.heat.set(heat);
+        self.heats[heat_slot(b.key)] = u8::try_from(heat).unwrap_or(u8::MAX);
+        heat
+    }
+
+    /// A block has got a translation.
+    pub fn grown(&mut self, key: u64) {
+        if let Some(block) = self.young.remove(&key) {
+            self.young_ops -= block.ops.len();
+            self.blocks.insert(key, block);
+        }
+    }
+
+    /// Forget the blocks that have no translation. They are freed bit by bit.
+    fn forget_young(&mut self) {
+        let room = self.young.len();
+        let fresh = HashMap::with_capacity_and_hasher(room, BuildKeyHasher::default());
+        self.leaving.push(std::mem::replace(&mut self.young, fresh).into_values());
+        self.jumps.fill(NO_JUMP);
+        self.ops -= self.young_ops;
+        self.young_ops = 0;
     }
 
     /// Nothing is found any more. Translations must go as well. What was there is freed bit by bit ([`BlockCache::free_some`]), and stays
     /// valid until another block is decoded.
     pub fn clear(&mut self) {
+        self.forget_young();
         let room = self.blocks.len();
         let fresh = HashMap::with_capacity_and_hasher(room, BuildKeyHasher::default());
         self.leaving.push(std::mem::replace(&mut self.blocks, fresh).into_values());
@@ -216,6 +274,10 @@ impl BlockCache {
             }
         }
     }
+}
+
+fn heat_slot(key: u64) -> usize {
+    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 47) as usize % HEATS
 }
 
 impl Cpu {
@@ -302,13 +364,14 @@ impl Cpu {
             return Ok((self.decode_block(lin, rip, gpa, 1, true)?, from));
         }
         let key = gpa << 8 | self.mode_key;
-        if let Some(b) = self.cache.blocks.get(&key) {
-            let block: *const Block = &raw const **b;
+        if let Some(block) = self.cache.by_key(key) {
+            // SAFETY: the cache keeps a block until another is decoded.
+            let b = unsafe { &*block };
             if b.fresh() && (self.code64() || rip + u64::from(b.bytes) <= u64::from(self.seg[CS].limit) + 1) {
-                match b.second {
+                match b.second.as_deref() {
                     None => return Ok((block, from)),
                     // The page that follows by linear address may be another one now.
-                    Some((second, _)) => {
+                    Some(&(second, _)) => {
                         let next = (lin | 0xfff).wrapping_add(1);
                         if self.fetch_translate(next)?.gpa == second {
                             self.note_second(next, &mut from)?;
@@ -515,11 +578,7 @@ impl Cpu {
             if self.cache.ops > CAPACITY {
                 self.drop_translations();
             }
-            self.cache.ops += block.ops.len();
-            if let Some(old) = self.cache.blocks.insert(gpa << 8 | self.mode_key, block) {
-                // Jump-cache entries may still point to it; they find it stale, or their context has changed.
-                self.cache.replaced.push(old);
-            }
+            self.cache.insert(block);
         }
         at
     }
@@ -565,6 +624,46 @@ fn unsafe_len(block: *const Block) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_has_no_translation_is_forgotten_but_not_how_often_it_was_executed() {
+        static WORD: AtomicU32 = AtomicU32::new(0);
+        let mut m = crate::testing::Machine::new(crate::testing::TestMode::Long64);
+        m.load_code(&[0x90, 0xf4]);
+        let op = {
+            let block = m.cpu.find_block(true).unwrap();
+            // SAFETY: just found.
+            unsafe { &*block }.ops[0].clone()
+        };
+        let mut cache = BlockCache::default();
+        let block = |key| {
+            let ops = vec![op.clone(); 10].into();
+            let mut b = Block::new(ops, 1, key >> 8, Stamp { word: &WORD, value: 0 }, None);
+            b.key = key;
+            Box::new(b)
+        };
+        let most = YOUNG as u64 / 10;
+        cache.insert(block(7));
+        cache.insert(block(8));
+        // SAFETY: nothing was decoded, nothing freed.
+        let b = unsafe { &*cache.by_key(7).unwrap() };
+        assert_eq!((cache.warm(b), cache.warm(b)), (1, 2));
+        cache.grown(8);
+        // Another with the key of one that has a translation takes its place.
+        cache.insert(block(9));
+        cache.grown(9);
+        cache.insert(block(9));
+        assert_eq!((cache.replaced.len(), cache.blocks.len(), cache.young.len()), (1, 1, 2));
+        (0..=most).for_each(|n| cache.insert(block(1000 + n)));
+        assert!(cache.by_key(7).is_none() && cache.by_key(8).is_some());
+        assert!(cache.young_ops <= YOUNG + 10);
+        assert_eq!(cache.ops, cache.young_ops + 10 * (cache.blocks.len() + cache.replaced.len()));
+        cache.insert(block(7));
+        // SAFETY: as above.
+        assert_eq!(unsafe { &*cache.by_key(7).unwrap() }.heat.get(), 2);
+        cache.clear();
+        assert_eq!((cache.ops, cache.young_ops, cache.by_key(8)), (0, 0, None));
+    }
 
     #[test]
     fn a_full_cache_is_freed_bit_by_bit() {

@@ -89,8 +89,16 @@ pub(super) struct Emit<'a> {
 
 impl Cpu {
     /// Translate `b`; false if that cannot be done (now).
-    #[cold]
     pub(super) fn translate_block(&mut self, b: &Block) -> bool {
+        let done = self.try_to_translate(b);
+        if done {
+            self.cache.grown(b.key());
+        }
+        done
+    }
+
+    #[cold]
+    fn try_to_translate(&mut self, b: &Block) -> bool {
         if self.mode.code != CodeSize::Bits64 {
             b.heat.set(0);
             return false;

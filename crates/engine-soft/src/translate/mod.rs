@@ -333,8 +333,7 @@ impl Cpu {
             return None;
         }
         if b.code.get() == 0 {
-            let heat = b.heat.get() + 1;
-            b.heat.set(heat);
+            let heat = self.cache.warm(b);
             let t = self.translator.as_ref()?;
             if heat < t.hot || !self.translate_block(b) {
                 return None;
@@ -431,8 +430,7 @@ impl Cpu {
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
         if b.code.get() == 0 {
-            let heat = b.heat.get() + 1;
-            b.heat.set(heat);
+            let heat = self.cache.warm(b);
             if heat < self.translator.as_ref()?.hot || !self.translate_block(b) {
                 return None;
             }
