@@ -13,7 +13,9 @@ use ringfort_x86::segment::{CS, ES};
 use std::arch::asm;
 use std::sync::atomic::Ordering;
 
-/// Runs (a run is at most a page) before a repeated instruction lets the run loop look up.
+/// Most bytes of a run, which nobody interrupts.
+const LONGEST: u64 = 64 << 10;
+/// Runs before a repeated instruction lets the run loop look up.
 const RUNS: u32 = 32;
 
 /// Which bits of RSI, RDI and RCX count.
@@ -62,7 +64,7 @@ fn element<T: Int>(cpu: &mut Cpu, op: &Op, reg: usize, access: Access) -> Result
 }
 
 /// Host memory of the element at RSI or RDI, and how many elements from there on (in the direction of DF, at most `most`) lie in
-/// the same page and segment; `None` if the element must be accessed by the ordinary way.
+/// the same page and segment, or upwards in pages that follow each other in host memory too; `None` if the element must be accessed by the ordinary way.
 #[inline(always)]
 fn run<T: Int>(
     cpu: &mut Cpu,
@@ -85,7 +87,12 @@ fn run<T: Int>(
     let (page, room) = if down {
         (at / size + 1, (offset / size).saturating_add(1))
     } else {
-        ((0x1000 - at) / size, ((mask - offset) / size).saturating_add(1))
+        let bytes = if is_flat(cpu, seg) && at % size == 0 && most > (0x1000 - at) / size {
+            cpu.host_run_extent(lin, host, access, LONGEST.min(size.saturating_mul(most)))
+        } else {
+            0x1000 - at
+        };
+        (bytes / size, ((mask - offset) / size).saturating_add(1))
     };
     let mut n = page.min(room).min(most);
     // The last element may not reach beyond the address size: then it is done alone, and wraps or faults as it should.

@@ -191,4 +191,18 @@ impl Cpu {
         self.fill_for_run(lin, access)?;
         Ok(self.probe(lin, 1, access == Access::Write).map(|p| (p, left)))
     }
+
+    /// How many bytes from `lin` on, for which [`Cpu::host_run`] gave `host`, lie one after another in host memory as well and may be accessed
+    /// without further ado: to the end of a page, at most `most` unless that is less than the first.
+    #[inline]
+    pub fn host_run_extent(&self, lin: u64, host: *mut u8, access: Access, most: u64) -> u64 {
+        let mut extent = 0x1000 - (lin & 0xfff);
+        while extent < most
+            && self.probe(lin.wrapping_add(extent), 1, access == Access::Write)
+                == Some(host.wrapping_add(extent as usize))
+        {
+            extent += 0x1000;
+        }
+        extent
+    }
 }
