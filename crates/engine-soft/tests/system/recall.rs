@@ -227,3 +227,46 @@ fn a_fault_after_a_shift_finds_its_flags() {
         g.m.refresh();
     }
 }
+
+/// REP STOS and MOVS over pages that follow each other in host memory, do not, or fault half-way.
+#[test]
+fn string_instructions_over_several_pages() {
+    let mut g = guest();
+    // Four pages in a row, one from elsewhere, one that is not there.
+    for n in 0..4 {
+        g.m.map(LIN + n * 0x1000, PAGE + n * 0x1000, RIGHTS);
+    }
+    g.m.map(LIN + 0x4000, PAGE + 0x9000, RIGHTS);
+    g.m.map(LIN + 0x8000, PAGE + 0x5000, RIGHTS);
+    g.m.map(LIN + 0x9000, PAGE + 0x6000, RIGHTS);
+    g.m.refresh();
+    for round in 0..2u8 {
+        g.m.fill(PAGE, 0xa000, 0x11);
+        g.code(|a| {
+            a.mov(rdi, LIN + 0x10).unwrap();
+            a.mov(ecx, 0x5000).unwrap();
+            a.mov(al, i32::from(0x20 + round)).unwrap();
+            a.rep().stosb().unwrap();
+            a.hlt().unwrap();
+        });
+        assert_eq!((g.run(), g.cpu().cr2), (End::Vector(14), LIN + 0x5000));
+        assert_eq!((g.reg(gpr::RDI), g.reg(gpr::RCX)), (LIN + 0x5000, 0x10));
+        let fresh = vec![0x20 + round; 0x1000];
+        assert_eq!(g.m.read(PAGE, 0x10), [0x11; 0x10]);
+        assert_eq!(g.m.read(PAGE + 0x10, 0xff0), fresh[0x10..]);
+        for page in [1, 2, 3, 9] {
+            assert_eq!(g.m.read(PAGE + page * 0x1000, 0x1000), fresh);
+        }
+        assert_eq!(g.m.read(PAGE + 0x4000, 0x5000), [0x11; 0x5000]);
+    }
+    let source: Vec<u8> = (0..0x2000u32).map(|n| (n * 7 / 3) as u8).collect();
+    g.m.write(PAGE, &source);
+    g.halts(|a| {
+        a.mov(rsi, LIN + 8).unwrap();
+        a.mov(rdi, LIN + 0x8000).unwrap();
+        a.mov(ecx, 0x1ff0 / 8).unwrap();
+        a.rep().movsq().unwrap();
+        a.hlt().unwrap();
+    });
+    assert_eq!(g.m.read(PAGE + 0x5000, 0x1ff0), source[8..0x1ff8]);
+}
