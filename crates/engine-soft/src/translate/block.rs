@@ -44,6 +44,8 @@ pub(super) struct Emit<'a> {
     pub(super) links: &'a mut Vec<Link>,
     /// PEXT is a fast instruction here.
     pub(super) fast_pext: bool,
+    /// Shifts that leave the flags alone are there.
+    pub(super) bmi2: bool,
     pub(super) recall: &'a mut Recall,
     /// The block's key.
     pub(super) key: u64,
@@ -55,7 +57,7 @@ pub(super) struct Emit<'a> {
     /// What gave the flags their values, while its registers still hold what they held.
     pub(super) producer: Option<Producer>,
     /// The instruction at hand is the producer.
-    fresh: bool,
+    pub(super) fresh: bool,
     /// The instruction at hand.
     pub(super) n: usize,
     /// Its offset in the page.
@@ -288,6 +290,7 @@ impl<'a> Emit<'a> {
             info,
             links,
             fast_pext: *fast_pext,
+            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             recall,
             key: b.key(),
             probing,
@@ -569,6 +572,7 @@ impl Emit<'_> {
                     }
                 }
             }
+            How::Same if self.shift_by_cl(i) => {}
             How::Same => self.same(i, op, &u, before, 1),
             How::Vector { align } => self.same(i, op, &u, before, align),
             How::Push => {

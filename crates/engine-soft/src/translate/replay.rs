@@ -31,6 +31,8 @@ pub(super) struct Producer {
     home: Option<(u8, u8)>,
     /// What operand 0 held before is in [`UNDO`].
     undo: bool,
+    /// It may have left the flags as they are in memory.
+    may_keep: bool,
 }
 
 impl Producer {
@@ -62,25 +64,46 @@ impl Producer {
         let home = match i.mnemonic() {
             M::And | M::Or | M::Xor => homes.iter().find(|h| number(i.op_register(0)) == h.1).copied(),
             M::Cmp | M::Test if homes.len() > 1 => return None,
-            M::Add | M::Sub if two && register(1) && !homes.is_empty() => return None,
+            M::Add | M::Sub if two && register(1) => match *homes {
+                [] => None,
+                [home] if number(i.op_register(0)) == home.1 || i.op_register(0).size() >= 4 => Some(home),
+                _ => return None,
+            },
             _ => homes.first().copied(),
         };
         let fits = match i.mnemonic() {
             M::Cmp | M::Test => true,
             // Nothing is left to depend on.
-            M::Xor | M::Sub if twice => return Some(Producer { i: *i, guests: 0, home: None, undo: false }),
-            M::And | M::Or | M::Xor => return Some(Producer { i: *i, guests: first, home, undo: false }),
+            M::Xor | M::Sub if twice => {
+                return Some(Producer { i: *i, guests: 0, home: None, undo: false, may_keep: false });
+            }
+            M::And | M::Or | M::Xor => {
+                return Some(Producer { i: *i, guests: first, home, undo: false, may_keep: false });
+            }
             M::Neg => !high(0),
             M::Add | M::Sub => two && !same_full && !high(0) && !high(1) && !accumulator,
             _ => false,
         };
-        fits.then_some(Producer { i: *i, guests, home, undo: false })
+        fits.then_some(Producer { i: *i, guests, home, undo: false, may_keep: false })
     }
 
     /// For a shift by a constant, whose register's value of before is kept.
     pub(super) fn shift(i: &Instruction) -> Producer {
-        Producer { i: *i, guests: 0, home: None, undo: true }
+        Producer { i: *i, guests: 0, home: None, undo: true, may_keep: false }
     }
+}
+
+/// The form of a shift by CL that leaves the flags alone.
+fn without_flags(i: &Instruction) -> Option<I> {
+    Some(match i.code() {
+        I::Shl_rm32_CL => I::VEX_Shlx_r32_rm32_r32,
+        I::Shl_rm64_CL => I::VEX_Shlx_r64_rm64_r64,
+        I::Shr_rm32_CL => I::VEX_Shrx_r32_rm32_r32,
+        I::Shr_rm64_CL => I::VEX_Shrx_r64_rm64_r64,
+        I::Sar_rm32_CL => I::VEX_Sarx_r32_rm32_r32,
+        I::Sar_rm64_CL => I::VEX_Sarx_r64_rm64_r64,
+        _ => return None,
+    })
 }
 
 /// Whether `i` is a shift that can only be done again with what its register held before.
@@ -105,6 +128,44 @@ impl Emit<'_> {
             self.c.store_cpu(number(i.op0_register()), UNDO);
         }
         keep
+    }
+
+    /// A shift of a register by CL, which leaves the flags alone if CL is zero: as one that always does, the flags to be had again from what
+    /// the register held and the flags of before, which are in memory. False if it must be done otherwise.
+    pub(super) fn shift_by_cl(&mut self, i: &Instruction) -> bool {
+        const RCX: u8 = 1;
+        let (Some(code), true) = (without_flags(i), self.bmi2 && i.op0_kind() == OpKind::Register) else {
+            return false;
+        };
+        let guest = number(i.op0_register());
+        let wanted = self.wanted[self.n] != 0;
+        if guest == RCX || wanted && !self.survives(1 << RCX) {
+            return false;
+        }
+        if wanted {
+            self.save_flags();
+        }
+        let at = self.value(guest, T0);
+        if wanted {
+            self.c.store_cpu(at, UNDO);
+        }
+        let (like, mut shift) = (i.op0_register(), Instruction::new());
+        shift.set_code(code);
+        for (n, r) in [at, at, RCX].into_iter().enumerate() {
+            shift.set_op_kind(n as u32, OpKind::Register);
+            shift.set_op_register(n as u32, in_width(r, like));
+        }
+        self.must(&shift);
+        if at == T0 {
+            self.c.store_cpu(T0, reg_at(guest));
+        }
+        if wanted {
+            self.producer =
+                Some(Producer { i: *i, guests: 1 << RCX, home: None, undo: true, may_keep: true });
+            self.at = At::Lost;
+            self.fresh = true;
+        }
+        true
     }
 
     /// Flags go to memory if they are not there.
@@ -185,6 +246,26 @@ impl Emit<'_> {
 
     pub(super) fn replay_of(&mut self, p: Producer, temp: u8) {
         let mut i = p.i;
+        if p.may_keep {
+            self.flags_from_memory(temp);
+        }
+        if let Some((guest, stood)) = p.home
+            && matches!(i.mnemonic(), M::Add | M::Sub)
+            && number(i.op_register(0)) != stood
+        {
+            // Operand 1 is where it lives.
+            let wide = i.op_register(0).size() == 8;
+            let (undo, again) = if i.mnemonic() == M::Add { (0x2b, 0x03) } else { (0x03, 0x2b) };
+            self.c.mov(temp, number(i.op_register(0)));
+            for opcode in [undo, again] {
+                if wide {
+                    self.c.cpu(opcode, temp, reg_at(guest));
+                } else {
+                    self.c.cpu32(&[opcode], temp, reg_at(guest));
+                }
+            }
+            return;
+        }
         if let Some((guest, stood)) = p.home {
             self.c.load_cpu(temp, reg_at(guest));
             for n in 0..i.op_count() {

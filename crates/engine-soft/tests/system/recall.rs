@@ -228,6 +228,65 @@ fn a_fault_after_a_shift_finds_its_flags() {
     }
 }
 
+/// The same for shifts by CL, which leave the flags alone if CL is zero, and sums with a register that lives in memory.
+#[test]
+fn a_fault_after_a_shift_by_cl_or_a_sum_finds_the_flags() {
+    let mut g = guest();
+    g.m.map(LIN, PAGE, 0);
+    g.m.refresh();
+    let mut flags_at = |f: &mut dyn FnMut(&mut CodeAssembler)| {
+        g.cpu().regs[gpr::RSI] = LIN;
+        g.code(|a| {
+            // CF, PF, AF, ZF, SF and OF as a sum leaves them: only OF, SF and AF.
+            a.mov(edx, 0x7fff_ffff).unwrap();
+            a.add(edx, 8).unwrap();
+            f(a);
+            a.mov(edx, dword_ptr(rsi)).unwrap();
+            a.add(edx, ebx).unwrap();
+            a.hlt().unwrap();
+        });
+        assert_eq!(g.run(), End::Vector(14));
+        let flags = g.stack(3);
+        g.m.refresh();
+        flags & 0x8c5
+    };
+    for (count, flags) in [(0, 0x880), (1, 1), (33, 1), (32, 0x880)] {
+        let found = flags_at(&mut |a| {
+            a.mov(ebx, 0x8000_0003u32).unwrap();
+            a.mov(ecx, count).unwrap();
+            a.shr(ebx, cl).unwrap();
+        });
+        // OF of a shift right by one is the sign of before.
+        let flags = if count % 32 == 1 { flags | 0x800 } else { flags };
+        assert_eq!(found & !4, flags, "count {count}");
+        let found = flags_at(&mut |a| {
+            a.mov(r9, 0xc000_0003u64).unwrap();
+            a.mov(ecx, count).unwrap();
+            a.shl(r9d, cl).unwrap();
+        });
+        let flags = if count % 32 == 1 { 0x81 } else { 0x880 };
+        assert_eq!(found & !4, flags, "count {count}");
+    }
+    let found = flags_at(&mut |a| {
+        a.mov(rbx, u64::MAX - 4).unwrap();
+        a.mov(r10, 5i64).unwrap();
+        a.add(rbx, r10).unwrap();
+    });
+    assert_eq!(found, 0x45);
+    let found = flags_at(&mut |a| {
+        a.mov(ebx, 4).unwrap();
+        a.mov(r10, 0x1_0000_0005i64).unwrap();
+        a.sub(ebx, r10d).unwrap();
+    });
+    assert_eq!(found, 0x85);
+    let found = flags_at(&mut |a| {
+        a.mov(rbx, 3i64).unwrap();
+        a.mov(r10, 5i64).unwrap();
+        a.sub(r10, rbx).unwrap();
+    });
+    assert_eq!(found, 0);
+}
+
 /// REP STOS and MOVS over pages that follow each other in host memory, do not, or fault half-way.
 #[test]
 fn string_instructions_over_several_pages() {
