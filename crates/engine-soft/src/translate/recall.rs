@@ -211,6 +211,15 @@ impl Emit<'_> {
                 let at = Address { base: Some(T1), index: Some(index), disp: ea.disp };
                 Operand { at, spare: T0, miss: Some((from, recalled).into()) }
             }
+            None if !uses_t0 && ea.base.is_some() => {
+                let (from, recalled) = self.recall(which, ea, wanted, true);
+                // The access waits for the index no longer than it would without us.
+                if let Some(base) = ea.base {
+                    self.c.rr(0x01, base, T1); // add r14, base
+                }
+                let at = Address { base: Some(T1), ..ea };
+                Operand { at, spare: T0, miss: Some((from, recalled).into()) }
+            }
             _ => {
                 let (from, recalled) = self.recall(which, ea, wanted, false);
                 let at = Address { base: Some(T0), index: None, disp: 0 };
