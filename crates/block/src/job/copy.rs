@@ -1,5 +1,6 @@
 //! Copying a disk into another one.
 
+use super::relay::relay;
 use super::{Job, STEP, in_steps};
 use crate::format::Qcow2;
 use crate::{BlockBackend, SharedSlice, SharedSliceMut};
@@ -59,10 +60,24 @@ pub fn copy(
         Target::Plain(_) => STEP,
     };
     let c = Copy { source, target, options, cluster, order: Mutex::new(()) };
-    in_steps(source.size(), STEP, options.threads, |at, buffer| {
-        let moved = c.step(at, buffer)?;
-        job.advance(buffer.len() as u64, moved)
-    })
+    let (size, threads) = (source.size(), options.threads);
+    match target {
+        Target::Plain(disk) if disk.writes_are_cached() => relay(
+            size,
+            STEP,
+            threads,
+            |at, buffer| c.fill(at, buffer),
+            |at, buffer, piece| {
+                c.write(at, buffer, &piece)?;
+                job.advance(buffer.len() as u64, piece.moved)
+            },
+        ),
+        _ => in_steps(size, STEP, threads, |at, buffer| {
+            let piece = c.fill(at, buffer)?;
+            c.write(at, buffer, &piece)?;
+            job.advance(buffer.len() as u64, piece.moved)
+        }),
+    }
 }
 
 struct Copy<'a> {
@@ -83,41 +98,56 @@ enum Kind {
     Data,
 }
 
+/// What was found out about a piece of the source.
+struct Piece {
+    /// Bytes that had to be read.
+    moved: u64,
+    /// Offset in the piece, length, and what it is to become.
+    parts: Vec<(u64, u64, Kind)>,
+}
+
 impl Copy<'_> {
-    /// Copy the piece at `at` that fills `buffer`; gives the bytes that had to be read.
-    fn step(&self, at: u64, buffer: &mut [u8]) -> io::Result<u64> {
+    /// Read the piece at `at` that fills `buffer`.
+    fn fill(&self, at: u64, buffer: &mut [u8]) -> io::Result<Piece> {
         let len = buffer.len() as u64;
-        let (mut done, mut moved) = (0, 0);
-        let mut pieces: Vec<(u64, u64, Kind)> = Vec::new();
+        let mut done = 0;
+        let mut piece = Piece { moved: 0, parts: Vec::new() };
+        // Compressed clusters are stored whole, whatever their parts are, and so may zeroes be.
+        let packed = matches!(self.target, Target::Packed(_));
         while done < len {
             let (n, kind) = self.kind(at + done, len - done)?;
             let part = &mut buffer[done as usize..(done + n) as usize];
             match kind {
                 Kind::Data => {
                     self.read(part, at + done)?;
-                    moved += n;
+                    piece.moved += n;
                 }
-                // Compressed clusters are stored whole, whatever their parts are.
-                Kind::Zero | Kind::Below => part.fill(0),
+                Kind::Zero if packed || self.options.sparse == 0 => part.fill(0),
+                Kind::Below if packed => part.fill(0),
+                Kind::Zero | Kind::Below => {}
             }
-            match pieces.last_mut() {
+            match piece.parts.last_mut() {
                 Some(last) if last.2 == kind => last.1 += n,
-                _ => pieces.push((done, n, kind)),
+                _ => piece.parts.push((done, n, kind)),
             }
             done += n;
         }
+        Ok(piece)
+    }
+
+    /// Write what [`fill`](Self::fill) has read.
+    fn write(&self, at: u64, buffer: &[u8], piece: &Piece) -> io::Result<()> {
         if let Target::Packed(q) = self.target {
-            self.pack(q, at, buffer, &pieces)?;
-            return Ok(moved);
+            return self.pack(q, at, buffer, &piece.parts);
         }
-        for (from, n, kind) in pieces {
+        for (from, n, kind) in piece.parts.iter().copied() {
             match kind {
                 Kind::Below => {}
                 Kind::Zero if self.options.sparse > 0 => self.zeroes(at + from, n)?,
                 _ => self.data(at + from, &buffer[from as usize..(from + n) as usize])?,
             }
         }
-        Ok(moved)
+        Ok(())
     }
 
     fn kind(&self, at: u64, len: u64) -> io::Result<(u64, Kind)> {

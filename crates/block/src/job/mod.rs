@@ -7,6 +7,7 @@
 mod commit;
 mod copy;
 mod rebase;
+mod relay;
 
 pub use commit::commit;
 pub use copy::{CopyOptions, Target, copy, is_zero};

@@ -4,7 +4,9 @@ use super::direct::Direct;
 #[cfg(test)]
 use super::hook::{Change, Hook};
 use super::lock::{self, Access, LockError};
-use crate::{BlockError, Located, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, total, total_mut};
+use crate::{
+    BlockError, Located, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, slice_of, total, total_mut,
+};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -17,6 +19,9 @@ use std::sync::{Mutex, PoisonError};
 const IOV_MAX: usize = 1024;
 /// Bytes from which on a write takes long enough to wait for another one.
 const LONG: u64 = 128 << 10;
+/// Most bytes of one write to the page cache. A file system takes memory for a write in folios as large as it is. Pieces
+/// of 2 MiB are what the host has least of, and what a host that is a guest itself has given back to its own.
+const CACHED: u64 = 256 << 10;
 /// Bytes of zeroes written at a time where the host has no better way.
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
@@ -364,10 +369,26 @@ impl FileStorage {
                 // that another thread could read with, or a guest run on.
                 let queue = !self.block_device && total(bufs) >= LONG;
                 let _turn = queue.then(|| self.turn.lock().unwrap_or_else(PoisonError::into_inner));
-                write_fd(&self.file, bufs, offset)?;
+                self.write_cached(bufs, offset)?;
             }
         }
         self.len.fetch_max(offset + total(bufs), Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Write to the page cache, in pieces of at most [`CACHED`] bytes that end at multiples of it.
+    fn write_cached(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
+        let len = total(bufs);
+        if len <= CACHED {
+            return write_fd(&self.file, bufs, offset);
+        }
+        let mut done = 0;
+        while done < len {
+            let at = offset + done;
+            let n = (CACHED - at % CACHED).min(len - done);
+            write_fd(&self.file, &slice_of(bufs, done, n), at)?;
+            done += n;
+        }
         Ok(())
     }
 
