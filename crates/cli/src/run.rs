@@ -97,7 +97,7 @@ Networks (--net):
            restrict=on           nothing but those ports leads in or out
            host-loopback=on      10.0.2.2 leads to the host's own loopback;  hostalias=ADDR does so at ADDR
            nameserver=ADDR[:PORT]   asked instead of the host's name servers; may be repeated
-           net=CIDR  host=ADDR  dns=ADDR  dhcpstart=ADDR  ipv6=off  ipv6-prefix=PREFIX::/64
+           net=CIDR  host=ADDR  dns=ADDR  dhcpstart=ADDR  lease=SECONDS  ipv6=off  ipv6-prefix=PREFIX::/64
            hostname=NAME  domainname=NAME  dnssearch=NAME (may be repeated)
            tftp=FOLDER  bootfile=NAME   for guests that boot from the network
            dump=FILE             record all frames for Wireshark or tcpdump

@@ -5,115 +5,11 @@ mod support;
 
 use ringfort_guest::TEST_PROMPT;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use support::netns::{NetNs, pings, until};
 use support::*;
 
-/// A network namespace with a name.
-struct NetNs(String);
-
-impl NetNs {
-    /// A new one; `None`, and why on standard error, where that is not allowed.
-    fn new(name: &str) -> Option<NetNs> {
-        let name = format!("rf{}-{name}", std::process::id());
-        for needed in ["/dev/net/tun", "/proc/self/ns/net"] {
-            if let Err(e) = std::fs::metadata(needed) {
-                eprintln!("skipped: {needed}: {e}");
-                return None;
-            }
-        }
-        let made = Command::new("ip").args(["netns", "add", &name]).output();
-        match made {
-            Ok(o) if o.status.success() => {
-                let ns = NetNs(name);
-                ns.ip("link set lo up");
-                Some(ns)
-            }
-            Ok(o) => {
-                eprintln!("skipped: no network namespace: {}", String::from_utf8_lossy(&o.stderr).trim());
-                None
-            }
-            Err(e) => {
-                eprintln!("skipped: ip (package iproute2): {e}");
-                None
-            }
-        }
-    }
-
-    /// A command in it.
-    fn command(&self, program: &str) -> Command {
-        let mut c = Command::new("ip");
-        c.args(["netns", "exec", &self.0, program]);
-        c
-    }
-
-    fn output(&self, words: &str) -> Output {
-        let mut words = words.split_whitespace();
-        let program = words.next().expect("a program");
-        self.command(program).args(words).output().expect("ip netns exec")
-    }
-
-    /// Run a command that must succeed; gives what it said.
-    fn run(&self, words: &str) -> String {
-        let o = self.output(words);
-        assert!(o.status.success(), "{words}: {}", String::from_utf8_lossy(&o.stderr));
-        String::from_utf8_lossy(&o.stdout).into_owned()
-    }
-
-    fn ip(&self, words: &str) -> String {
-        self.run(&format!("ip {words}"))
-    }
-
-    /// A command that must fail; gives its one line.
-    fn fails(&self, words: &str) -> String {
-        let o = self.output(words);
-        let said = String::from_utf8_lossy(&o.stderr).into_owned();
-        assert!(!o.status.success(), "{words} did not fail");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        said
-    }
-
-    /// What a network could leave behind: links and rules.
-    fn traces(&self) -> (String, String) {
-        (self.ip("-o -br link"), self.run("nft list ruleset"))
-    }
-
-    /// A guest in it, at its shell.
-    fn guest(&self, options: &[&str]) -> Guest {
-        let guest = test_guest();
-        self.guest_of(&guest.kernel, &guest.initrd, options)
-    }
-
-    /// The same, with this kernel.
-    fn guest_of(&self, kernel: &Path, initrd: &Path, options: &[&str]) -> Guest {
-        let guest = test_guest();
-        let mut c = self.command(env!("CARGO_BIN_EXE_ringfort"));
-        c.args(["run", "--accel", "soft", "--memory", "256M", "--cmdline", &guest.cmdline]);
-        c.args(["--kernel", text(kernel), "--initrd", text(initrd)]).args(options);
-        Guest::start(c)
-    }
-}
-
-impl Drop for NetNs {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "del", &self.0]).output();
-    }
-}
-
-fn text(p: &Path) -> &str {
-    p.to_str().expect("text")
-}
-
 const RINGFORT: &str = env!("CARGO_BIN_EXE_ringfort");
-
-/// Wait until `done`, which no event tells of.
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(30);
-    while !done() {
-        assert!(Instant::now() < end, "{what} did not happen");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
 
 /// Have a guest get its address by DHCP.
 fn dhcp(g: &mut Guest) -> String {
@@ -127,12 +23,6 @@ fn dhcp(g: &mut Guest) -> String {
     let address = g.shell("ip -4 -o addr show dev eth0 | awk '{print $4}' | cut -d/ -f1");
     assert!(!address.is_empty());
     address
-}
-
-fn pings(g: &mut Guest, to: &str) -> bool {
-    g.shell(&format!(
-        "if ping -c 1 -W 3 {to} >/dev/null || ping -c 2 -W 3 {to} >/dev/null; then echo yes; else echo no; fi"
-    )) == "yes"
 }
 
 /// Whether not even one of two goes through.

@@ -1,19 +1,22 @@
-//! Networking by the program passt, which this process starts and which ends with it. It speaks QEMU's form of a stream over a unix
-//! socket.
+//! Networking by the program passt, which this process starts and which ends with it. It speaks QEMU's form of a stream over a pair of unix
+//! sockets.
 
-use crate::stream::{Stream, StreamAddress, StreamConfig};
+use crate::stream::Stream;
+use crate::sys::{Created, inherit};
 use crate::{NetBackend, NetError, NetEvents, Offloads, Sent, VnetHeader};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder};
 use std::io::{ErrorKind, Read as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStderr, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// How long passt may take to listen.
+/// How long passt may take to be ready.
 const START: Duration = Duration::from_secs(10);
 /// The largest IP packet that passt carries, and what it tells guests by default: passt(1), `--mtu`.
 const MTU: u16 = 65_520;
@@ -36,21 +39,23 @@ pub struct Passt {
 
 /// The program and its folder; both go away with this value.
 struct Process {
-    child: Child,
+    child: Option<Child>,
     folder: PathBuf,
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        if let Some(c) = &mut self.child {
+            // It may have ended by itself.
+            let _ = c.kill();
+            let _ = c.wait();
+        }
         let _ = fs::remove_dir_all(&self.folder);
     }
 }
 
 impl Passt {
-    /// Start passt and connect to it.
+    /// Start passt at one end of a pair of sockets.
     ///
     /// # Errors
     /// [`NetError`]: there is no such program, or what it says itself. Nothing is left behind.
@@ -58,86 +63,70 @@ impl Passt {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("ringfort-passt-{}-{number}", std::process::id()));
-        // As root it becomes another user before it makes its socket; what keeps others out is that it takes one client only.
         DirBuilder::new()
             .mode(0o700)
             .create(&folder)
             .map_err(NetError::host(format!("passt: making {}", folder.display())))?;
-        let opened = fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o1733));
-        let socket = folder.join("socket");
         let program = config.path.clone().unwrap_or_else(|| "passt".into());
-        let spawned = opened.and_then(|()| {
-            Command::new(&program)
-                // Stay in the foreground, end with the one client.
-                .args(["-f", "-1", "-s"])
-                .arg(&socket)
-                .args(&config.arguments)
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::piped())
-                .spawn()
-        });
-        let child = match spawned {
-            Ok(child) => child,
-            Err(e) => {
-                let _ = fs::remove_dir_all(&folder);
-                if e.kind() == ErrorKind::NotFound {
-                    let what = format!("{}: no such program; install passt or give path=", program.display());
-                    return Err(NetError::Refused(what));
-                }
-                return Err(NetError::host(format!("starting {}", program.display()))(e));
-            }
-        };
-        let mut process = Process { child, folder };
-        wait_for(&socket, &mut process.child, &program)?;
-        let config = StreamConfig { address: StreamAddress::Unix(socket), server: false, reconnect: None };
-        // It has its socket a moment before it listens there.
-        let end = Instant::now() + START;
-        let stream = loop {
-            match Stream::new(&config) {
-                Ok(s) => break s,
-                Err(e) if Instant::now() > end => return Err(e),
-                Err(_) => std::thread::sleep(Duration::from_millis(2)),
-            }
-        };
-        Ok(Passt { stream, _process: process })
-    }
-}
-
-/// Return once passt listens. Its remarks go nowhere from then on.
-fn wait_for(socket: &Path, child: &mut Child, program: &Path) -> Result<(), NetError> {
-    let mut remarks = child.stderr.take();
-    let end = Instant::now() + START;
-    loop {
-        if socket.exists() {
-            break;
-        }
-        if let Ok(Some(status)) = child.try_wait() {
-            let mut said = String::new();
-            if let Some(r) = &mut remarks {
-                let _ = r.take(16 << 10).read_to_string(&mut said);
-            }
-            let last = said.lines().map(str::trim).rfind(|l| !l.is_empty() && !l.contains("syslog"));
-            let why = last.unwrap_or("it gave no reason");
-            return Err(NetError::Refused(format!("{} ended at once ({status}): {why}", program.display())));
-        }
-        if Instant::now() > end {
-            return Err(NetError::Refused(format!(
-                "{} does not listen after {} s",
-                program.display(),
-                START.as_secs()
-            )));
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    if let Some(mut r) = remarks {
-        let drain = move || _ = std::io::copy(&mut r, &mut std::io::sink());
+        let mut process = Process { child: None, folder };
+        let (ours, mut remarks) = process.spawn(&program, config)?;
+        // It goes on saying things, which nobody reads; a full pipe must not stop it.
+        let drain = move || _ = std::io::copy(&mut remarks, &mut std::io::sink());
         std::thread::Builder::new()
             .name("net-passt".into())
             .spawn(drain)
             .map_err(NetError::host("a thread for passt's remarks"))?;
+        Ok(Passt { stream: Stream::over(ours.into())?, _process: process })
     }
-    Ok(())
+}
+
+impl Process {
+    /// Start `program` and wait until it is ready: our end of the sockets, and what it says.
+    fn spawn(&mut self, program: &Path, config: &PasstConfig) -> Result<(UnixStream, ChildStderr), NetError> {
+        let fail = |e| NetError::host(format!("starting {}", program.display()))(e);
+        // As root it becomes another user before it writes the file that says that it is ready.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o1733);
+        fs::set_permissions(&self.folder, mode).map_err(fail)?;
+        let (ours, theirs) = UnixStream::pair().map_err(fail)?;
+        let started = Created::watch(&self.folder, START).map_err(fail)?;
+        let mut command = Command::new(program);
+        command
+            // Stay in the foreground; it ends with its socket.
+            .args(["-f", "-F", &theirs.as_raw_fd().to_string(), "-P"])
+            .arg(self.folder.join("pid"))
+            .args(&config.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        inherit(&mut command, theirs);
+        let spawned = command.spawn();
+        // The other end of the sockets is the child's alone from here on.
+        drop(command);
+        let child = match spawned {
+            Ok(child) => self.child.insert(child),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                let what = format!("{}: no such program; install passt or give path=", program.display());
+                return Err(NetError::Refused(what));
+            }
+            Err(e) => return Err(fail(e)),
+        };
+        let ready = started.wait(child).map_err(fail)?;
+        let remarks = child.stderr.take().ok_or_else(|| fail(ErrorKind::BrokenPipe.into()))?;
+        match child.try_wait().map_err(fail)? {
+            None if ready => Ok((ours, remarks)),
+            None => {
+                let what = format!("{} is not ready after {} s", program.display(), START.as_secs());
+                Err(NetError::Refused(what))
+            }
+            Some(status) => {
+                let mut said = String::new();
+                let _ = remarks.take(16 << 10).read_to_string(&mut said);
+                let last = said.lines().map(str::trim).rfind(|l| !l.is_empty() && !l.contains("syslog"));
+                let why = last.unwrap_or("it gave no reason");
+                Err(NetError::Refused(format!("{} ended at once ({status}): {why}", program.display())))
+            }
+        }
+    }
 }
 
 impl NetBackend for Passt {

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test crate uses its part")]
 
 pub mod full_kernel;
+pub mod netns;
 pub mod tiny;
 
 use std::io::{Read, Write};

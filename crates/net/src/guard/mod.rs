@@ -10,7 +10,7 @@ mod tests;
 
 pub use bucket::Rate;
 
-use crate::{MacAddr, NetBackend, NetEvents, Offloads, Sent, VnetHeader};
+use crate::{GsoKind, MacAddr, NetBackend, NetEvents, Offloads, Sent, VnetHeader};
 use bucket::Bucket;
 use ringfort_bus::lock;
 use serde::{Deserialize, Serialize};
@@ -113,15 +113,17 @@ impl Buckets {
     }
 }
 
-/// How many packets a frame is on a cable.
+/// How many packets a frame is on a cable. The header's own length of all headers is the guest's word, which it could give so that
+/// a long frame counts as one.
 fn packets(header: &VnetHeader, frame: &[u8]) -> u64 {
-    match header.gso {
-        Some((_, size)) => {
-            let headers = usize::from(header.header_len).min(frame.len());
-            (frame.len() - headers).div_ceil(usize::from(size).max(1)).max(1) as u64
-        }
-        None => 1,
-    }
+    let (Some((kind, size)), Some((start, _))) = (header.gso, header.checksum) else { return 1 };
+    let start = usize::from(start);
+    let of_transport = match kind {
+        GsoKind::Udp => 8,
+        GsoKind::Tcp4 | GsoKind::Tcp6 => frame.get(start + 12).map_or(0, |b| usize::from(b >> 4) * 4),
+    };
+    let payload = frame.len().saturating_sub(start + of_transport);
+    payload.div_ceil(usize::from(size).max(1)).max(1) as u64
 }
 
 /// Wakes those that were held.

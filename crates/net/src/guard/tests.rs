@@ -94,9 +94,21 @@ fn limits_hold_back_and_wake() {
 
 #[test]
 fn long_frames_count_as_what_they_become() {
-    let h = VnetHeader { gso: Some((GsoKind::Tcp4, 1448)), header_len: 66, ..VnetHeader::default() };
-    assert_eq!(packets(&h, &vec![0; 66 + 1448 * 3 + 1]), 4);
-    assert_eq!(packets(&h, &[0; 20]), 1);
+    for (kind, offset, headers) in [(GsoKind::Tcp4, 16, 66), (GsoKind::Udp, 6, 42)] {
+        // A guest may say that all of it is headers.
+        for header_len in [0, headers, 0xffff] {
+            let h = VnetHeader {
+                gso: Some((kind, 1448)),
+                checksum: Some((34, offset)),
+                header_len,
+                ..VnetHeader::default()
+            };
+            let mut f = vec![0; usize::from(headers) + 1448 * 3 + 1];
+            f[34 + 12] = 0x80;
+            assert_eq!(packets(&h, &f), 4);
+            assert_eq!(packets(&h, &[0; 20]), 1);
+        }
+    }
     assert_eq!(packets(&VnetHeader::default(), &[0; 2000]), 1);
     let zero = GuardConfig {
         tx: Limit { bytes: Some(Rate { per_second: 0, burst: 1 }), packets: None },

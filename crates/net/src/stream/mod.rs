@@ -98,7 +98,8 @@ impl Inner {
 /// A cable to another machine over a stream socket. While there is no connection the link is down.
 pub struct Stream {
     inner: Arc<Inner>,
-    address: StreamAddress,
+    /// Where it listens, which is forgotten at the end.
+    leaves: Option<StreamAddress>,
     thread: Option<JoinHandle<()>>,
     listens: Option<Arc<Socket>>,
 }
@@ -110,7 +111,6 @@ impl Stream {
     /// [`NetError`]: nobody can listen there, or nobody answers and there is no `reconnect`.
     pub fn new(config: &StreamConfig) -> Result<Stream, NetError> {
         let address = config.address.clone();
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(NetError::host("an event descriptor"))?;
         let (mut listens, mut first, mut target) = (None, None, None);
         if config.server {
             listens = Some(Arc::new(address.listen()?));
@@ -121,6 +121,36 @@ impl Stream {
             }
             target = Some(to);
         }
+        let listening = listens.is_some();
+        match Stream::start(first, listens, target, config.reconnect) {
+            Ok(mut s) => {
+                s.leaves = listening.then_some(address);
+                Ok(s)
+            }
+            Err(e) => {
+                if listening {
+                    address.forget();
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// One end of a connection that there is; when it ends, it stays so.
+    ///
+    /// # Errors
+    /// The host gives no thread or descriptors.
+    pub fn over(socket: Socket) -> Result<Stream, NetError> {
+        Stream::start(Some(socket), None, None, None)
+    }
+
+    fn start(
+        first: Option<Socket>,
+        listens: Option<Arc<Socket>>,
+        target: Option<socket2::SockAddr>,
+        reconnect: Option<Duration>,
+    ) -> Result<Stream, NetError> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(NetError::host("an event descriptor"))?;
         let thread = Thread {
             inner: Arc::new(Inner {
                 connection: Mutex::new(None),
@@ -131,25 +161,17 @@ impl Stream {
             epoll: Epoll::new().map_err(NetError::host("an event queue"))?,
             listener: listens.clone(),
             target,
-            reconnect: config.reconnect,
+            reconnect,
             connected: None,
             connecting: None,
-            next_try: config.reconnect.map(|_| Instant::now()),
+            next_try: reconnect.map(|_| Instant::now()),
         };
         let inner = thread.inner.clone();
-        let fail = NetError::host("a thread for the network");
-        let spawned = thread
+        let thread = thread
             .prepare(first)
-            .and_then(|t| std::thread::Builder::new().name("net-stream".into()).spawn(move || t.run()));
-        match spawned {
-            Ok(t) => Ok(Stream { inner, address, thread: Some(t), listens }),
-            Err(e) => {
-                if listens.is_some() {
-                    address.forget();
-                }
-                Err(fail(e))
-            }
-        }
+            .and_then(|t| std::thread::Builder::new().name("net-stream".into()).spawn(move || t.run()))
+            .map_err(NetError::host("a thread for the network"))?;
+        Ok(Stream { inner, leaves: None, thread: Some(thread), listens })
     }
 
     /// Where it listens, if it does so over TCP: the port is known then, whatever was asked for.
@@ -165,8 +187,8 @@ impl Drop for Stream {
         if let Some(t) = self.thread.take() {
             let _ = t.join();
         }
-        if self.listens.is_some() {
-            self.address.forget();
+        if let Some(a) = &self.leaves {
+            a.forget();
         }
     }
 }

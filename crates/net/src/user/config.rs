@@ -45,6 +45,8 @@ pub struct UserConfig {
     pub forwards: Vec<Forward>,
     /// The guest's name, by DHCP.
     pub hostname: Option<String>,
+    /// Seconds that DHCP gives addresses for, of either version; at least [`UserConfig::SHORTEST_LEASE`].
+    pub lease: u32,
     /// Domain of the guest, by DHCP.
     pub domain: Option<String>,
     /// Domains that names are looked up in, by DHCP.
@@ -74,6 +76,7 @@ impl Default for UserConfig {
             host_alias: None,
             forwards: Vec::new(),
             hostname: None,
+            lease: 86_400,
             domain: None,
             search: Vec::new(),
             tftp: None,
@@ -92,6 +95,9 @@ impl UserConfig {
         let at = |n: u32| Ipv4Addr::from(base | (n & !mask(prefix)));
         UserConfig { network: (at(0), prefix), gateway: at(2), dns: at(3), guest: at(15), ..self }
     }
+
+    /// Fewest seconds of a lease: clients renew at half of it, and take fewer for a mistake.
+    pub const SHORTEST_LEASE: u32 = 10;
 
     /// The netmask.
     pub fn netmask(&self) -> Ipv4Addr {
@@ -164,6 +170,12 @@ impl UserConfig {
         let least = if self.ipv6 { 1280 } else { 576 };
         if self.mtu < least {
             p.push(("mtu", format!("{} is too small; give {least} to 65535", self.mtu)));
+        }
+        if self.lease < Self::SHORTEST_LEASE {
+            p.push((
+                "lease",
+                format!("{} s is too short; give {} or more", self.lease, Self::SHORTEST_LEASE),
+            ));
         }
         // The field of a DHCP message has 128 bytes, one of them the final zero.
         if self.bootfile.as_ref().is_some_and(|b| b.is_empty() || b.len() > 127 || b.contains('\0')) {

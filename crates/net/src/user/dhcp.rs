@@ -4,9 +4,6 @@ use super::config::UserConfig;
 use crate::dhcp::{Answer, Reply, Request, kind, names, option};
 use std::net::Ipv4Addr;
 
-/// Seconds that an address is given for.
-const LEASE: u32 = 86_400;
-
 /// Answer a client's message; `None` if there is nothing to say.
 pub fn answer(config: &UserConfig, request: &[u8]) -> Option<Answer> {
     let r = Request::parse(request)?;
@@ -24,7 +21,7 @@ pub fn answer(config: &UserConfig, request: &[u8]) -> Option<Answer> {
     let yours = if inform { Ipv4Addr::UNSPECIFIED } else { config.guest };
     let mut m = Reply::new(&r, reply, config.gateway, yours);
     if !inform {
-        m.put(option::LEASE, &LEASE.to_be_bytes());
+        m.put(option::LEASE, &config.lease.to_be_bytes());
     }
     m.put(option::NETMASK, &config.netmask().octets());
     if !config.restrict {

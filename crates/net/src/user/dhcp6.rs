@@ -5,9 +5,6 @@ use crate::dhcp6::{Addresses, Association, Server};
 use crate::wire::Mac;
 use std::net::Ipv6Addr;
 
-/// Seconds that an address is valid for.
-const VALID: u32 = 86_400;
-
 impl Addresses for &UserConfig {
     /// One guest has one address.
     fn give(&mut self, _: &Association<'_>, index: usize, _: Option<Ipv6Addr>, _: bool) -> Option<Ipv6Addr> {
@@ -23,7 +20,7 @@ impl Addresses for &UserConfig {
 pub fn answer(mut config: &UserConfig, request: &[u8], mac: &Mac) -> Option<Vec<u8>> {
     let server = Server {
         mac: *mac,
-        valid: VALID,
+        valid: config.lease,
         dns: (!config.restrict).then(|| config.dns6()),
         search: config.search.clone(),
     };

@@ -665,6 +665,7 @@ fn wrong_options_are_named() {
     assert_eq!(names(UserConfig { guest: Ipv4Addr::new(10, 0, 2, 255), ..d() }), ["dhcpstart"]);
     assert_eq!(names(UserConfig { dns: Ipv4Addr::new(10, 0, 2, 2), ..d() }), ["host"]);
     assert_eq!(names(UserConfig { mtu: 1000, ..d() }), ["mtu"]);
+    assert_eq!(names(UserConfig { lease: 9, ..d() }), ["lease"]);
     assert_eq!(names(UserConfig { hostname: Some("a b".into()), ..d() }), ["hostname"]);
     let forward = |guest: &str| Forward {
         udp: false,

@@ -5,7 +5,7 @@ use crate::config::ParseError;
 use ringfort_net::user::{Forward, UserConfig};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-const KNOWN: &str = "net, host, dns, nameserver, dhcpstart, ipv6, ipv6-prefix, hostname, domainname, dnssearch, restrict, \
+const KNOWN: &str = "net, host, dns, nameserver, dhcpstart, lease, ipv6, ipv6-prefix, hostname, domainname, dnssearch, restrict, \
     host-loopback, hostalias, hostfwd, tftp, bootfile, dump";
 
 pub(super) fn options(c: &mut UserConfig, options: &[KeyValue<'_>]) -> Result<(), ParseError> {
@@ -21,6 +21,7 @@ pub(super) fn options(c: &mut UserConfig, options: &[KeyValue<'_>]) -> Result<()
             "dns" => c.dns = o.parse(V4)?,
             "nameserver" => c.nameservers.push(nameserver(o)?),
             "dhcpstart" => c.guest = o.parse(V4)?,
+            "lease" => c.lease = o.parse("a number of seconds")?,
             "ipv6" => c.ipv6 = o.switch()?,
             "ipv6-prefix" => c.prefix6 = prefix6(o)?,
             "hostname" => c.hostname = Some(o.need()?.into()),
