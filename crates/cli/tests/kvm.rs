@@ -68,15 +68,24 @@ fn the_hosts_kernel_moves_a_guests_frames() {
     let _turn = one_at_a_time();
     let scratch = Scratch::new("vhost-lab");
     // The tap is made by the run, and its address by this loop; what serves a tap's queues in the kernel is a thread of that name.
+    let host = |seen: &str| {
+        format!(
+            "(set +e; until ip addr add 10.9.0.1/24 dev rftap0; do sleep 0.2; done; \
+             until ps | grep '[v]host-' >{seen}; do sleep 0.2; done) >/dev/null 2>&1 &\n"
+        )
+    };
     let script = format!(
         "set -e\n\
          head -c 4000000 /dev/urandom >/tmp/blob\n\
          httpd -p 8080 -h /tmp\n\
-         (set +e; until ip addr add 10.9.0.1/24 dev rftap0; do sleep 0.2; done; until ps | grep '[v]host-' >/tmp/vhost; do sleep 0.2; done) \
-         >/dev/null 2>&1 &\n\
-         {RUN} --accel kvm --net tap,vhost=on --stats /tmp/stats --cmdline 'console=ttyS0 panic=-1 quiet'\n\
+         {}\
+         {RUN} --accel kvm --net tap,vhost=on --save /tmp/state --cmdline 'console=ttyS0 panic=-1 quiet'\n\
+         {}\
+         ./ringfort restore /tmp/state --accel kvm --stats /tmp/stats\n\
          md5sum </tmp/blob\n\
-         cat /tmp/vhost /tmp/stats\n"
+         cat /tmp/first /tmp/second /tmp/stats\n",
+        host("/tmp/first"),
+        host("/tmp/second"),
     );
     let mut g = lab(&script, &scratch);
     let said = g.expect(TEST_PROMPT);
@@ -90,10 +99,22 @@ fn the_hosts_kernel_moves_a_guests_frames() {
     g.shell("if ping -c 1 -W 1 10.9.0.1 >/dev/null; then false; fi");
     g.send("\x01l");
     g.shell(reach);
+    // Saved and gone on with, on a new tap: the queues go on where the kernel left them.
+    g.shell("(while :; do sleep 1; echo alive; done) & echo $! >/tmp/pid");
+    g.send("\x01s");
+    let said = g.expect("network: tap ");
+    assert!(!said.contains("no vhost-net"), "{said}");
+    g.expect("alive");
+    g.shell("kill $(cat /tmp/pid)");
+    g.shell(reach);
+    assert_eq!(g.shell("wget -q -O - http://10.9.0.1:8080/blob | md5sum | cut -c-32"), sum);
     g.send("poweroff -f\n");
     let rest = g.expect(&format!("{LAB}exit 0"));
     assert!(rest.contains(&sum), "the sum on the host's side: {rest}");
-    assert!(rest.contains("vhost-"), "no thread of the kernel's served the queues: {rest}");
+    assert!(
+        rest.matches("vhost-").count() >= 2,
+        "a thread of the kernel's serves the queues each time: {rest}"
+    );
     let counter = |name: &str| {
         let at = rest.find(&format!("\"{name}\": ")).unwrap_or_else(|| panic!("no {name}: {rest}"));
         rest[at..].split([' ', ',', '\r', '\n']).nth(1).and_then(|n| n.parse::<u64>().ok()).expect("a number")

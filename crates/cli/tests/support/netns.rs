@@ -111,4 +111,3 @@ pub fn pings(g: &mut Guest, to: &str) -> bool {
         "if ping -c 1 -W 3 {to} >/dev/null || ping -c 2 -W 3 {to} >/dev/null; then echo yes; else echo no; fi"
     )) == "yes"
 }
-

@@ -29,6 +29,12 @@ const ACK: u8 = 16;
 /// Our window, scaled by 2^9.
 const WINDOW: u16 = 0x1fff;
 const SCALE: u8 = 9;
+/// Connections that are open besides in the last row, and the part of the first row's figure that is wanted then.
+const CROWD: u16 = 5000;
+const WITH_CROWD: f64 = 0.8;
+/// How many of them are being made at a time, and the guest's ports of them from this one on.
+const OPENING: u16 = 64;
+const CROWD_PORTS: u16 = 2000;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// One direction.
@@ -39,6 +45,8 @@ pub struct Row {
     pub rate: f64,
     /// Gbit/s of payload for each second of CPU time, the harness's included.
     pub per_core: f64,
+    /// Gbit/s per core that are wanted.
+    pub wanted: f64,
 }
 
 struct Bell(Mutex<Sender<()>>);
@@ -90,7 +98,9 @@ fn cpu_seconds() -> f64 {
 struct Guest {
     net: UserNet,
     bell: Receiver<()>,
+    /// The far end's port, and our own.
     port: u16,
+    own: u16,
     /// Our next number, and the far end's.
     seq: u32,
     next: u32,
@@ -113,6 +123,7 @@ impl Guest {
             net,
             bell,
             port,
+            own: 40_000,
             seq: 1,
             next: 0,
             acked: 1,
@@ -135,6 +146,37 @@ impl Guest {
         Ok(g)
     }
 
+    /// Make other connections, which rest from then on.
+    fn crowd(&mut self, port: u16) -> Result<(), String> {
+        let ours = (self.port, self.own, self.seq, self.next);
+        let (mut asked, mut open) = (0, 0);
+        let end = Instant::now() + PATIENCE;
+        while open < CROWD {
+            if Instant::now() > end {
+                return Err(format!("{open} of {CROWD} connections were made"));
+            }
+            while asked < CROWD && asked - open < OPENING {
+                (self.port, self.own, self.seq, self.next) = (port, CROWD_PORTS + asked, 1, 0);
+                self.send(SYN, 0, &[3, 3, SCALE, 1, 2, 4, 5, 0xb4]);
+                asked += 1;
+            }
+            if self.net.receive(0, &mut self.frame).is_none() {
+                let _ = self.bell.recv_timeout(Duration::from_millis(100));
+                continue;
+            }
+            let f = &self.frame;
+            if f.len() >= HEADERS && f[23] == 6 && f[47] & SYN != 0 {
+                let theirs = u32::from_be_bytes([f[38], f[39], f[40], f[41]]);
+                let own = u16::from_be_bytes([f[36], f[37]]);
+                (self.port, self.own, self.seq, self.next) = (port, own, 2, theirs.wrapping_add(1));
+                self.send(ACK, 0, &[]);
+                open += 1;
+            }
+        }
+        (self.port, self.own, self.seq, self.next) = ours;
+        Ok(())
+    }
+
     /// Send a segment with `len` bytes of payload. Checksums are left to the NAT.
     fn send(&mut self, flags: u8, len: usize, options: &[u8]) {
         let f = &mut self.out;
@@ -150,7 +192,7 @@ impl Guest {
             sum = (sum & 0xffff) + (sum >> 16);
         }
         f[24..26].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-        f.extend_from_slice(&40_000u16.to_be_bytes());
+        f.extend_from_slice(&self.own.to_be_bytes());
         f.extend_from_slice(&self.port.to_be_bytes());
         f.extend_from_slice(&self.seq.to_be_bytes());
         f.extend_from_slice(&self.next.to_be_bytes());
@@ -174,7 +216,7 @@ impl Guest {
             return false;
         }
         let f = &self.frame;
-        if f.len() < HEADERS || f[23] != 6 {
+        if f.len() < HEADERS || f[23] != 6 || f[36..38] != self.own.to_be_bytes() {
             return true;
         }
         let number = |at: usize| u32::from_be_bytes([f[at], f[at + 1], f[at + 2], f[at + 3]]);
@@ -196,19 +238,10 @@ impl Guest {
     }
 }
 
-/// Both directions, for `seconds` each.
+/// Both directions, and one with a crowd of other connections, for `seconds` each.
 pub fn measure(seconds: f64) -> Result<Vec<Row>, String> {
-    let there = stream("guest to host", "sink", seconds, |g| {
-        let mut moved = 0;
-        while g.receive() {}
-        while g.allowed.wrapping_sub(g.seq) >= PAYLOAD as u32 && g.allowed.wrapping_sub(g.seq) < 1 << 30 {
-            g.send(ACK, PAYLOAD, &[]);
-            moved += PAYLOAD;
-        }
-        g.net.flush(0);
-        moved
-    })?;
-    let back = stream("host to guest", "source", seconds, |g| {
+    let there = stream("guest to host", "sink", seconds, false, send)?;
+    let back = stream("host to guest", "source", seconds, false, |g| {
         let before = g.next;
         while g.receive() {}
         let moved = g.next.wrapping_sub(before) as usize;
@@ -218,7 +251,21 @@ pub fn measure(seconds: f64) -> Result<Vec<Row>, String> {
         }
         moved
     })?;
-    Ok(vec![there, back])
+    let mut crowded = stream("guest to host, 5,000 more are open", "sink", seconds, true, send)?;
+    crowded.wanted = WANTED.max(WITH_CROWD * there.per_core);
+    Ok(vec![there, back, crowded])
+}
+
+/// Send what the window allows.
+fn send(g: &mut Guest) -> usize {
+    let mut moved = 0;
+    while g.receive() {}
+    while g.allowed.wrapping_sub(g.seq) >= PAYLOAD as u32 && g.allowed.wrapping_sub(g.seq) < 1 << 30 {
+        g.send(ACK, PAYLOAD, &[]);
+        moved += PAYLOAD;
+    }
+    g.net.flush(0);
+    moved
 }
 
 /// Call `turn`, which gives the bytes that it moved, until the time is up.
@@ -226,10 +273,16 @@ fn stream(
     what: &'static str,
     far: &str,
     seconds: f64,
+    with_crowd: bool,
     mut turn: impl FnMut(&mut Guest) -> usize,
 ) -> Result<Row, String> {
     let far = FarEnd::start(far)?;
     let mut guest = Guest::connect(far.1)?;
+    // Its limit of descriptors is the one that the network has just raised.
+    let crowd = if with_crowd { Some(FarEnd::start("crowd")?) } else { None };
+    if let Some(c) = &crowd {
+        guest.crowd(c.1)?;
+    }
     let (start, cpu) = (Instant::now(), cpu_seconds());
     let (mut moved, mut last) = (0, Instant::now());
     while start.elapsed().as_secs_f64() < seconds {
@@ -244,5 +297,10 @@ fn stream(
     }
     let gbit = moved as f64 * 8.0 / 1e9;
     let used = cpu_seconds() - cpu;
-    Ok(Row { what, rate: gbit / start.elapsed().as_secs_f64(), per_core: gbit / used.max(0.01) })
+    Ok(Row {
+        what,
+        rate: gbit / start.elapsed().as_secs_f64(),
+        per_core: gbit / used.max(0.01),
+        wanted: WANTED,
+    })
 }

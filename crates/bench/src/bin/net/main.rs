@@ -171,9 +171,9 @@ fn table(report: &Report) -> String {
     }
     text += &format!("\n{:34} {:>10} {:>18}\n", "NAT alone, MTU 1500, offloads", "Gbit/s", "Gbit/s per core");
     for r in &report.alone {
-        let missed = if r.per_core < alone::WANTED { "  missed" } else { "" };
+        let missed = if r.per_core < r.wanted { "  missed" } else { "" };
         text +=
-            &format!("{:34} {:>10.1} {:>18.1} (>= {}){missed}\n", r.what, r.rate, r.per_core, alone::WANTED);
+            &format!("{:34} {:>10.1} {:>18.1} (>= {:.0}){missed}\n", r.what, r.rate, r.per_core, r.wanted);
     }
     text
 }
@@ -189,11 +189,16 @@ fn median(values: &[f64]) -> f64 {
 }
 
 /// The other end of a stream, in a process of its own so that its CPU time is not the NAT's: prints its port, serves one
-/// connection, and ends with it.
+/// connection, and ends with it; or keeps a crowd of them open.
 fn far_end(kind: &str) -> Result<(), String> {
     let fail = |e: std::io::Error| e.to_string();
     let listener = TcpListener::bind("127.0.0.1:0").map_err(fail)?;
     println!("{}", listener.local_addr().map_err(fail)?.port());
+    if kind == "crowd" {
+        // Until whoever started it ends it.
+        let _all: Vec<TcpStream> = listener.incoming().map_while(Result::ok).collect();
+        return Ok(());
+    }
     let (mut stream, _) = listener.accept().map_err(fail)?;
     let mut buffer = vec![0; 1 << 20];
     // It ends when the other end goes away, in whatever way.
@@ -233,7 +238,7 @@ mod tests {
             reached,
             raw: Default::default(),
         };
-        let alone = vec![alone::Row { what: "there", rate: 9.0, per_core: 4.9 }];
+        let alone = vec![alone::Row { what: "there", rate: 9.0, per_core: 4.9, wanted: alone::WANTED }];
         let text = table(&Report {
             rounds: 1,
             cpus: 1,
