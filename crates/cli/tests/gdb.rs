@@ -4,6 +4,7 @@ mod support;
 
 use ringfort_guest::{TEST_PROMPT, TestGuest};
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use support::tiny::Code;
@@ -245,4 +246,86 @@ fn a_guest_is_debugged_under_kvm() {
     g.expect("up\n");
     g.send("\x01x");
     assert_eq!(g.wait().code(), Some(0));
+}
+
+/// The ELF file in a bzImage, found by the boot protocol's `payload_offset` and `payload_length` (Documentation/arch/x86/boot.rst) and
+/// unpacked by the program that its first bytes call for. None where that program is not installed: the test is skipped.
+fn unpacked(bzimage: &Path, scratch: &Scratch) -> Option<PathBuf> {
+    let image = std::fs::read(bzimage).expect("the kernel");
+    let word = |at: usize| {
+        u32::from_le_bytes(image[at..at + 4].try_into().expect("a boot protocol header")) as usize
+    };
+    let sectors = usize::from(image[0x1f1]);
+    let at = (sectors + 1) * 512 + word(0x248);
+    let mut payload = &image[at..at + word(0x24c)];
+    let program = match payload {
+        [0x1f, 0x8b, ..] => "gzip",
+        [0xfd, b'7', b'z', b'X', ..] => "xz",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "zstd",
+        [0x02, 0x21, 0x4c, 0x18, ..] => "lz4",
+        other => panic!("a kernel packed in an unknown way: {:x?}", &other[..8]),
+    };
+    // The kernel's build puts the unpacked length behind it; gzip's format has it itself.
+    if program != "gzip" {
+        payload = &payload[..payload.len() - 4];
+    }
+    let packed = scratch.file("vmlinux.packed", payload);
+    let out = match Command::new(program).arg("-dc").stdin(File::open(packed).expect("the payload")).output()
+    {
+        Ok(out) => out,
+        Err(e) => {
+            println!("skipped: {program}: {e}");
+            return None;
+        }
+    };
+    assert!(out.status.success(), "{program}: {}", String::from_utf8_lossy(&out.stderr));
+    Some(scratch.file("vmlinux", &out.stdout))
+}
+
+/// A kernel that is already unpacked is at `start_kernel` after a few million instructions, which a KVM without hardware interprets in
+/// seconds.
+#[test]
+fn a_kernels_start_is_debugged_under_kvm() {
+    if let Err(e) = File::options().read(true).write(true).open("/dev/kvm") {
+        println!("skipped: /dev/kvm: {e}");
+        return;
+    }
+    let _turn = one_at_a_time();
+    let Some(mut gdb) = Gdb::start() else { return };
+    let guest = test_guest();
+    let scratch = Scratch::new("gdb-kvm");
+    let Some(kernel) = unpacked(&guest.kernel, &scratch) else { return };
+    let at = symbols(&guest, "soft", &["start_kernel", "linux_banner"]);
+    let at = |n: &str| at[n].as_str();
+    let socket = scratch.0.join("gdb");
+    let place = format!("unix:{}", text(&socket));
+    let cmdline = format!("{} nokaslr", guest.cmdline);
+    let options = ["--memory", "256M", "--net", "none", "--gdb", &place];
+    let mut g = Guest::run(&run_args("kvm", &kernel, &guest.initrd, &cmdline, &options));
+    gdb.connect(&mut g, &socket);
+    gdb.says("p/x $cr0 & 0x80000001", &["0x1"]);
+    let start = at("start_kernel");
+    gdb.says(&format!("hbreak *{start}"), &["Hardware assisted breakpoint 1"]);
+    gdb.says("continue", &["Breakpoint 1, ", start]);
+    gdb.says("p/x $rip", &[start]);
+    gdb.says("p/x $cs", &["0x10"]);
+    gdb.says("p $efer & 0x500", &["1280"]);
+    gdb.says("p/x $cr0 & 0x80000001", &["0x80000001"]);
+    gdb.says(&format!("x/s {}", at("linux_banner")), &["Linux version 6."]);
+    // Steps: each to another instruction.
+    let rip = |gdb: &mut Gdb| gdb.ask("p/x $rip").split_once("= ").expect("a value").1.to_owned();
+    let mut last = rip(&mut gdb);
+    for _ in 0..5 {
+        gdb.ask("stepi");
+        let now = rip(&mut gdb);
+        assert_ne!(now, last);
+        last = now;
+    }
+    // Registers can be changed, and it goes on with them.
+    gdb.ask("set $r15 = 0x1234567887654321");
+    gdb.ask("stepi");
+    gdb.says("p/x $r15", &["0x1234567887654321"]);
+    gdb.0.send("kill\n");
+    assert_eq!(g.wait().code(), Some(0));
+    assert!(!socket.exists());
 }
