@@ -42,7 +42,8 @@ pub struct RunArgs {
     /// [,ioeventfd=off][,irqfd=off][,coalesce=off]; or soft[,tier=interp] (no translation; for debugging)
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     accel: AccelOption,
-    /// CPU model and features, for instance max, host, qemu64,+avx2 or EPYC,-aes; `help` lists them
+    /// CPU model and features, for instance max, qemu64,+avx2 or EPYC,-aes; portable for a machine that is to be saved under one engine
+    /// and restored under another; `help` lists and explains them
     #[arg(long, value_name = "MODEL[,±FEATURE…]", default_value = "max")]
     cpu: String,
     /// First serial port: stdio, file:PATH, pty, unix:PATH or none
@@ -248,7 +249,7 @@ fn cpu_help() -> ExitCode {
     use ringfort_x86::cpuid::{MODELS, feature_names};
     let mut text = String::from("CPU models:\n");
     for m in &MODELS {
-        text += &format!("  {}\n", m.name);
+        text += &format!("  {:<16}{}\n", m.name, m.about);
     }
     text += "\nFeatures, to add (+) or take away (-):\n";
     for line in feature_names().collect::<Vec<_>>().chunks(8) {

@@ -37,8 +37,8 @@ impl Echo {
 
     fn command(&self, options: &[&str]) -> Command {
         let disk = format!("path={}", text(&self.disk));
-        let mut args = vec!["run", "--accel", "soft", "--kernel", "kernel", "--disk", &disk, "--net", "none"];
-        for (option, value) in [("--memory", "64M"), ("--save", "state")] {
+        let mut args = vec!["run", "--kernel", "kernel", "--disk", &disk, "--net", "none"];
+        for (option, value) in [("--accel", "soft"), ("--memory", "64M"), ("--save", "state")] {
             if !options.contains(&option) {
                 args.extend([option, value]);
             }
@@ -60,7 +60,10 @@ impl Echo {
     }
 
     fn restore(&self, options: &[&str]) -> Command {
-        let mut c = ringfort(&["restore", text(&self.state), "--accel", "soft"]);
+        let mut c = ringfort(&["restore", text(&self.state)]);
+        if !options.contains(&"--accel") {
+            c.args(["--accel", "soft"]);
+        }
         c.args(options);
         c
     }
@@ -386,6 +389,52 @@ fn moving_lines(said: &str) -> Vec<Line> {
     said.lines().filter_map(line).collect()
 }
 
+/// What the guest's CPUs have by default can be gone on with in software; what has all of KVM's features is told what stands in the way,
+/// and the model that both have goes either way.
+#[test]
+fn default_guests_move_from_kvm_to_the_software_engine() {
+    if let Err(e) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        println!("skipped: /dev/kvm: {e}");
+        return;
+    }
+    let e = Echo::new("saved-default");
+    let goes_on = |engine: &str, what: &str| {
+        let mut g = Guest::start(e.restore(&["--accel", engine]));
+        g.send(what);
+        g.expect(what);
+        g.send("\x01s");
+        g.ended_well()
+    };
+    e.saved(&["--accel", "kvm"]);
+    let said = goes_on("soft", "from KVM");
+    // It is told what it does in vain.
+    let shown = ringfort(&["state", "show", text(&e.state)]).output().expect("ringfort").stdout;
+    let shown: serde_json::Value = serde_json::from_slice(&shown).expect("JSON");
+    let has = |f: &str| shown["cpu-features"].as_array().expect("a list").iter().any(|n| n == f);
+    let mitigations = ["spec-ctrl", "stibp", "ssbd", "ibpb", "ibrs", "amd-ssbd", "virt-ssbd", "md-clear"];
+    assert_eq!(
+        said.contains("against speculation has no effect"),
+        mitigations.into_iter().any(has),
+        "{said}"
+    );
+    goes_on("kvm", "and back");
+    goes_on("soft", "and again");
+    // Where KVM has less, it is said which, and with what it would have gone.
+    std::fs::remove_file(&e.state).expect("the state");
+    e.saved(&[]);
+    let mut tried = e.restore(&["--accel", "kvm"]);
+    let out = tried.stdin(Stdio::null()).output().expect("ringfort");
+    let said = String::from_utf8(out.stderr).expect("text");
+    if out.status.code() == Some(2) {
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains("the engine kvm lacks here: ") && said.contains("--cpu portable"), "{said}");
+    }
+    std::fs::remove_file(&e.state).expect("the state");
+    e.saved(&["--cpu", "portable"]);
+    goes_on("kvm", "from software");
+    goes_on("soft", "and back");
+}
+
 /// A guest counts, hashes and tells time while it goes from the software engine to KVM and back, ten times.
 #[test]
 fn a_guest_moves_between_the_engines_ten_times() {
@@ -396,7 +445,6 @@ fn a_guest_moves_between_the_engines_ten_times() {
     let scratch = Scratch::new("saved-moves");
     let Some(image) = moving_guest(&scratch) else { return };
     let state = scratch.0.join("state");
-    // What every KVM and the software engine have in common.
     let mut g = Guest::start(ringfort(&[
         "run",
         "--accel",
@@ -406,7 +454,7 @@ fn a_guest_moves_between_the_engines_ten_times() {
         "--net",
         "none",
         "--cpu",
-        "qemu64,-pni",
+        "portable",
         "--kernel",
         text(&image),
         "--save",

@@ -7,7 +7,7 @@ use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_HALT_POLL, KVM_MAX_CPUID_ENTRIES,
 };
 use kvm_ioctls::{Cap, Kvm};
-use ringfort_engine::{Capabilities, CpuidTable, EngineError, Hypervisor, MachineBus, Vm};
+use ringfort_engine::{Capabilities, CpuidTable, EngineError, FeatureSet, Hypervisor, MachineBus, Vm};
 use ringfort_memory::GuestMemory;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
@@ -123,6 +123,7 @@ pub fn open(options: KvmOptions) -> Result<KvmHypervisor, EngineError> {
         software: false,
         tsc_khz: tsc_khz(&kvm)?,
         cpuid,
+        carried: FeatureSet::of(cpuid::HINTS),
         paravirt,
         apic_khz: APIC_KHZ,
     };

@@ -1,5 +1,6 @@
 //! Which model-specific registers make up a vCPU's state, and what those that KVM does not have read as.
 
+use ringfort_engine::{CpuidTable, FeatureSet};
 use ringfort_x86::msr::*;
 
 /// Machine-check banks of every vCPU, with a control register: as many as the other engine has.
@@ -50,14 +51,14 @@ fn not_state(n: u32) -> bool {
     matches!(n,
         IA32_TSC | IA32_TSC_DEADLINE | IA32_APIC_BASE | EFER | FS_BASE | GS_BASE
         | KVM_WALL_CLOCK | KVM_SYSTEM_TIME
-        | IA32_ARCH_CAPABILITIES | IA32_BIOS_SIGN_ID | IA32_MTRRCAP | IA32_MCG_CAP | IA32_PLATFORM_ID
+        | IA32_BIOS_SIGN_ID | IA32_MTRRCAP | IA32_MCG_CAP | IA32_PLATFORM_ID
         // Platform information, performance capabilities, control of locked features, SMM.
         | 0xce | 0x345 | IA32_FEATURE_CONTROL | 0x9e | 0x34 | 0x140
         // Counters (Intel SDM 3B chapter 20; AMD APM 2 section 13.2).
         | 0xc1..=0xc8 | 0x186..=0x18d | 0x309..=0x30c | 0x38d..=0x390 | 0x3f1 | 0x600 | 0xc001_0000..=0xc001_0007
         | 0xc001_0200..=0xc001_020b | 0xc000_0300..=0xc000_0302
-        // TSC ratio of nested guests, errata that the host's kernel works around.
-        | 0xc000_0104 | 0xc001_0140 | 0xc001_0141
+        // TSC ratio of nested guests.
+        | 0xc000_0104
         // VMX capabilities, SVM's host save area.
         | 0x480..=0x493 | 0xc001_0114..=0xc001_0117
         // Hyper-V.
@@ -69,6 +70,19 @@ pub(crate) fn state_list(listed: &[u32]) -> Vec<u32> {
     let mut all: Vec<u32> = always().chain(listed.iter().copied().filter(|&n| !not_state(n))).collect();
     all.sort_unstable();
     all.dedup();
+    all
+}
+
+/// MSRs of a state that a guest with this CPUID does not have, though KVM may tell their values.
+pub(crate) fn hidden(table: &CpuidTable) -> Vec<u32> {
+    let declares = FeatureSet::from_table(table);
+    let mut all = Vec::new();
+    if !declares.has("arch-capabilities") {
+        all.push(IA32_ARCH_CAPABILITIES);
+    }
+    if !declares.has("osvw") {
+        all.extend([AMD_OSVW_ID_LENGTH, AMD_OSVW_STATUS]);
+    }
     all
 }
 
@@ -124,10 +138,10 @@ mod tests {
     fn constants_and_counters_are_no_state() {
         let list =
             state_list(&[IA32_TSC, 0xc1, 0x480, IA32_ARCH_CAPABILITIES, 0xda0, 0x4000_0001, STAR, 0xe1]);
-        for n in [STAR, 0xda0, 0xe1, IA32_PAT, IA32_MC0_CTL, KVM_STEAL_TIME] {
+        for n in [STAR, 0xda0, IA32_ARCH_CAPABILITIES, 0xe1, IA32_PAT, IA32_MC0_CTL, KVM_STEAL_TIME] {
             assert_eq!(list.iter().filter(|&&m| m == n).count(), 1, "{n:#x}");
         }
-        for n in [IA32_TSC, 0xc1, 0x480, IA32_ARCH_CAPABILITIES, 0x4000_0001] {
+        for n in [IA32_TSC, 0xc1, 0x480, 0x4000_0001] {
             assert!(!list.contains(&n), "{n:#x}");
         }
         assert!(list.is_sorted());

@@ -1,6 +1,6 @@
 //! What CPUID can at most declare under this engine.
 
-use ringfort_engine::CpuidTable;
+use ringfort_engine::{CpuidTable, FeatureSet};
 use ringfort_x86::cpuid::Leaf;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
@@ -63,8 +63,8 @@ static WORDS: [Word; 12] = [
     Word { function: 7, index: Some(1), register: 0, engine: 0, host: bits([4, 23]) },
     // XSAVEOPT XSAVEC XGETBV(1) XSAVES
     Word { function: 0xd, index: Some(1), register: 0, engine: bits([0, 1, 2, 3]), host: 0 },
-    // LAHF 3DNOWPREFETCH | ABM SSE4A
-    Word { function: 0x8000_0001, index: None, register: 2, engine: bits([0, 8]), host: bits([5, 6]) },
+    // LAHF CR8LEGACY 3DNOWPREFETCH | ABM SSE4A
+    Word { function: 0x8000_0001, index: None, register: 2, engine: bits([0, 4, 8]), host: bits([5, 6]) },
     // SYSCALL NX PDPE1GB RDTSCP LM | MMXEXT
     Word {
         function: 0x8000_0001,
@@ -78,6 +78,11 @@ static WORDS: [Word; 12] = [
     // XSAVEERPTR WBNOINVD
     Word { function: 0x8000_0008, index: None, register: 1, engine: bits([2, 9]), host: 0 },
 ];
+
+/// Features that are not offered, and that a guest which has seen them elsewhere can go on with: what an operating system does about
+/// speculation (its MSRs hold what is written to them), hints that have no effect of their own, and words about errata.
+pub const CARRIED: &str = "spec-ctrl stibp ssbd flush-l1d md-clear arch-capabilities ibpb ibrs amd-stibp stibp-always-on amd-ssbd \
+     virt-ssbd amd-no-ssb amd-psfd osvw ss cldemote fdp-excptn-only zero-fcs-fds fzrm fsrs fsrc";
 
 /// Physical address bits: as many as page walks handle, and no more than the host has, so that passing devices through stays possible.
 const PHYSICAL_BITS: u32 = 48;
@@ -164,6 +169,11 @@ fn build() -> CpuidTable {
         }
     }
     t
+}
+
+/// All features that a guest under this engine can have seen: what is offered, and what it can go on with.
+pub fn bearable() -> FeatureSet {
+    FeatureSet::from_table(offered()).or(&FeatureSet::of(CARRIED))
 }
 
 /// CPUID as the engine can at most offer it on this host: what it does itself, and what the host's CPU can execute for it. Made once.

@@ -16,7 +16,7 @@ mod state;
 pub use debug::{DebugRequest, DebugStop, DebugVcpu, Watch, WatchKind};
 pub use eventfd::{Doorbell, DoorbellAddress, EventFds};
 pub use irqchip::Irqchip;
-pub use ringfort_x86::cpuid::CpuidTable;
+pub use ringfort_x86::cpuid::{CpuidTable, FeatureSet};
 pub use state::{CpuEvents, CpuState, MpState, PendingException};
 
 use ringfort_memory::GuestMemory;
@@ -60,6 +60,9 @@ pub struct Capabilities {
     pub tsc_khz: u32,
     /// CPUID as the engine can at most offer it: host features that it implements.
     pub cpuid: CpuidTable,
+    /// Features beyond `cpuid` that new guests are not given, and that a guest which has seen them elsewhere can go on with: hints, and
+    /// what systems do about faults of other CPUs, which is taken and has no effect.
+    pub carried: FeatureSet,
     /// KVM's paravirtual features that the engine has: CPUID leaf 4000_0001h EAX.
     pub paravirt: u32,
     /// Input clock of the local APICs' timers, in kHz.

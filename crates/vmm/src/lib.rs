@@ -7,6 +7,7 @@
 pub mod chardev;
 pub mod config;
 pub mod control;
+mod cpus;
 pub mod disk;
 mod engine;
 mod error;

@@ -14,7 +14,7 @@ use ringfort_devices::e1000e::E1000e;
 use ringfort_devices::pci::PciFunction;
 use ringfort_devices::power::PowerSink;
 use ringfort_devices::{debug_exit, debugcon};
-use ringfort_engine::{EngineError, Hypervisor, Vcpu, Vm};
+use ringfort_engine::{EngineError, Vcpu, Vm};
 use ringfort_machine_pc::boot::{Entry, ImageFile, Module};
 use ringfort_machine_pc::layout::Layout;
 use ringfort_machine_pc::{Identity, Pc, PcConfig, PcError, SerialPort};
@@ -26,9 +26,7 @@ use ringfort_virtio::blk::Blk;
 use ringfort_virtio::pci::VirtioPci;
 use ringfort_virtio::rng::Rng;
 use ringfort_virtio::served::QueueServer;
-use ringfort_x86::cpuid::{
-    CpuBuilder, CpuSpec, CpuidTable, Hypervisor as HypervisorLeaves, SpecError, Topology,
-};
+use ringfort_x86::cpuid::{CpuBuilder, CpuidTable};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::BorrowedFd;
@@ -104,12 +102,15 @@ impl Machine {
     ) -> Result<Machine, VmmError> {
         let config = &with_addresses(config);
         let engine = crate::engine::open_for(config, saved, say)?;
-        let mut cpus = describe_cpus(config, engine.as_ref(), say)?;
+        let mut cpus = crate::cpus::describe(config, engine.as_ref(), saved.is_some(), say)?;
         let offered = engine.capabilities();
         let cpuid: Vec<CpuidTable> = match saved {
             None => apic_ids(&cpus).map(|id| cpus.table(id)).collect(),
             Some(s) => {
                 let tables = s.cpuid(engine.name(), offered)?;
+                if let Some(note) = s.idle_mitigations(engine.name(), offered) {
+                    say(&note);
+                }
                 if let Some(l) = tables.first().and_then(|t| t.find(0x8000_0008, 0)) {
                     cpus.set_physical_bits(l.eax & 0xff);
                 }
@@ -417,32 +418,6 @@ fn random_uuid() -> std::io::Result<[u8; 16]> {
 fn apic_ids(cpus: &CpuBuilder) -> impl Iterator<Item = u32> {
     let topology = cpus.topology();
     (0..topology.cpus()).map(move |n| topology.apic_id(n))
-}
-
-fn describe_cpus(
-    config: &VmConfig,
-    engine: &dyn Hypervisor,
-    say: &mut dyn FnMut(&str),
-) -> Result<CpuBuilder, VmmError> {
-    let spec: CpuSpec = config.cpu.parse().map_err(|e: SpecError| VmmError::Cpu(e.to_string()))?;
-    let offered = engine.capabilities();
-    let leaves = HypervisorLeaves {
-        features: offered.paravirt,
-        hints: 0,
-        tsc_khz: offered.tsc_khz,
-        apic_khz: offered.apic_khz,
-    };
-    let (cpus, dropped) = CpuBuilder::new(&spec, &offered.cpuid, Topology::flat(config.cpus), leaves);
-    if !dropped.requested.is_empty() {
-        return Err(VmmError::Cpu(format!(
-            "not to be had here: {}; leave them out (`ringfort doctor` lists what this host has)",
-            dropped.requested.join(", ")
-        )));
-    }
-    if !dropped.of_model.is_empty() {
-        say(&format!("CPU model {}: without {}", config.cpu, dropped.of_model.join(", ")));
-    }
-    Ok(cpus)
 }
 
 fn open_file(option: &str, path: &Path) -> Result<File, VmmError> {

@@ -11,6 +11,7 @@ pub const IA32_PRED_CMD: u32 = 0x49;
 pub const IA32_BIOS_SIGN_ID: u32 = 0x8b;
 pub const IA32_MTRRCAP: u32 = 0xfe;
 pub const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
+pub const IA32_TSX_CTRL: u32 = 0x122;
 pub const IA32_SYSENTER_CS: u32 = 0x174;
 pub const IA32_SYSENTER_ESP: u32 = 0x175;
 pub const IA32_SYSENTER_EIP: u32 = 0x176;
@@ -46,6 +47,8 @@ pub const AMD_HWCR: u32 = 0xc001_0015;
 pub const AMD_PATCH_LEVEL: u32 = 0x8b;
 pub const AMD_DE_CFG: u32 = 0xc001_1029;
 pub const AMD_VIRT_SPEC_CTRL: u32 = 0xc001_011f;
+pub const AMD_OSVW_ID_LENGTH: u32 = 0xc001_0140;
+pub const AMD_OSVW_STATUS: u32 = 0xc001_0141;
 
 pub const KVM_WALL_CLOCK_NEW: u32 = 0x4b56_4d00;
 pub const KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;

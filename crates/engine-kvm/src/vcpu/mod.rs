@@ -30,6 +30,8 @@ pub(crate) struct KvmVcpu {
     fd: VcpuFd,
     apic_id: u32,
     intel: bool,
+    /// MSRs that the CPU model lacks.
+    hidden: Vec<u32>,
     /// Bytes of a saved XSAVE area: what the CPU model's components take.
     xsave_bytes: usize,
     target: Arc<KickTarget>,
@@ -88,6 +90,7 @@ impl KvmVcpu {
             fd,
             apic_id,
             intel,
+            hidden: msr::hidden(&table),
             xsave_bytes,
             target,
             debug: DebugRequest::default(),

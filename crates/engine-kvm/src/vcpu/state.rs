@@ -14,7 +14,9 @@ use kvm_bindings::{
 use kvm_ioctls::Cap;
 use ringfort_engine::{CpuEvents, CpuState, EngineError, MpState, PendingException};
 use ringfort_x86::cr::{CR0_PG, CR4_PAE, EFER_LMA};
-use ringfort_x86::msr::{IA32_APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE, KVM_WALL_CLOCK_NEW};
+use ringfort_x86::msr::{
+    AMD_HWCR, IA32_APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE, KVM_WALL_CLOCK_NEW,
+};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
@@ -25,6 +27,8 @@ ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, kvm_bindings::KVMIO, 0xe2, kvm_device_attr);
 const APIC_PAGE: usize = 1024;
 /// Least bytes of an XSAVE area: legacy region and header (Intel SDM 1 section 13.4).
 const XSAVE_LEAST: usize = 576;
+/// TscFreqSel of HWCR (AMD PPR family 17h, MSRC001_0015).
+const TSC_FREQ_SEL: u64 = 1 << 24;
 /// Local APIC after reset: enabled, at its usual place.
 const APIC_BASE_RESET: u64 = 0xfee0_0900;
 
@@ -160,7 +164,7 @@ impl KvmVcpu {
         keep_due_timer(&mut s.apic);
 
         let mut msrs = self.read_msrs(&self.vm.msrs.clone());
-        msrs.retain(|m| m.1 != 0 || !zero_is_silent(m.0));
+        msrs.retain(|m| (m.1 != 0 || !zero_is_silent(m.0)) && !self.hidden.contains(&m.0));
         msrs.push((IA32_APIC_BASE, sregs.apic_base));
         let own = self.read_msrs(&[IA32_TSC_DEADLINE, IA32_TSC_ADJUST]);
         let value = |n: u32| own.iter().find(|m| m.0 == n).map(|m| m.1);
@@ -319,7 +323,10 @@ impl KvmVcpu {
                 continue;
             }
             if v != 0 || known.contains(&n) {
-                self.write_msr(n, v)?;
+                // Older kernels do not keep the word that the TSC counts at P0's frequency, and count it so all the same.
+                let least = if n == AMD_HWCR { v & !TSC_FREQ_SEL } else { v };
+                self.write_msr(n, v)
+                    .or_else(|e| if least == v { Err(e) } else { self.write_msr(n, least) })?;
             }
         }
         if let Some(deadline) = value(IA32_TSC_DEADLINE) {

@@ -57,6 +57,10 @@ pub fn stored_msrs() -> impl Iterator<Item = u32> {
         AMD_HWCR,
         AMD_DE_CFG,
         AMD_VIRT_SPEC_CTRL,
+        IA32_ARCH_CAPABILITIES,
+        IA32_TSX_CTRL,
+        AMD_OSVW_ID_LENGTH,
+        AMD_OSVW_STATUS,
     ]
     .into_iter()
     .chain(IA32_MTRR_PHYSBASE0..IA32_MTRR_PHYSBASE0 + 2 * VARIABLE_MTRRS)
@@ -123,12 +127,20 @@ impl Cpu {
             _ if is_bank(n) && self.declares(1, 3, 14) => self.stored(n, 0),
             IA32_SPEC_CTRL if self.has_spec_ctrl() => self.stored(n, 0),
             IA32_ARCH_CAPABILITIES if self.declares(7, 3, 29) => self.stored(n, 0),
+            // Exists where the capabilities say so (bit 7); there are no transactions to disable.
+            IA32_TSX_CTRL
+                if self.declares(7, 3, 29) && self.stored(IA32_ARCH_CAPABILITIES, 0) >> 7 & 1 != 0 =>
+            {
+                self.stored(n, 0)
+            }
             IA32_XSS if self.cpuid.find(0xd, 1).is_some_and(|l| l.eax & 8 != 0) => 0,
             IA32_BIOS_SIGN_ID => self.stored(n, self.microcode()),
             // TscFreqSel: the TSC counts at the P0 frequency.
             AMD_HWCR if self.amd => self.stored(n, 1 << 24),
             AMD_DE_CFG if self.amd => self.stored(n, 0),
             AMD_VIRT_SPEC_CTRL if self.declares(0x8000_0008, 1, 25) => self.stored(n, 0),
+            // Errata that systems work around: none that matter here (AMD APM 2 appendix D).
+            AMD_OSVW_ID_LENGTH | AMD_OSVW_STATUS if self.declares(0x8000_0001, 2, 9) => self.stored(n, 0),
             AMD_SYSCFG | AMD_TSEG_ADDR | AMD_TSEG_MASK | AMD_HSAVE | AMD_NB_CFG | AMD_PATCH_LOADER
             | AMD_BU_CFG2 | AMD_DC_CFG | AMD_EX_CFG
                 if self.amd =>
@@ -241,6 +253,7 @@ impl Cpu {
                 v
             }
             IA32_SPEC_CTRL if v & !0x5ff != 0 => return false,
+            IA32_TSX_CTRL if v & !3 != 0 => return false,
             // Bits that mean something here: McStatusWrEn; the rest that systems set (TscFreqSel, ...) is kept as it is harmless.
             AMD_HWCR => v & (1 << 18 | 1 << 24 | 1 << 27),
             AMD_DE_CFG => v & (1 << 1 | 1 << 9),

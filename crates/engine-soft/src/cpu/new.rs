@@ -3,6 +3,7 @@
 use super::*;
 use crate::vcpu::Env;
 use ringfort_memory::RamMap;
+use ringfort_x86::msr::{AMD_OSVW_ID_LENGTH, AMD_OSVW_STATUS, IA32_ARCH_CAPABILITIES};
 use ringfort_x86::segment::{ACCESSED, CODE, PRESENT, RW, S};
 
 impl Cpu {
@@ -117,7 +118,9 @@ impl Cpu {
             self.sfmask = 0;
             self.kernel_gs_base = 0;
             self.tsc_aux = 0;
-            self.msrs.clear();
+            // What is told of the CPU does not change with a reset.
+            self.msrs
+                .retain(|n, _| matches!(*n, IA32_ARCH_CAPABILITIES | AMD_OSVW_ID_LENGTH | AMD_OSVW_STATUS));
         }
         self.activity = Activity::Running;
         self.apic_reset(init);

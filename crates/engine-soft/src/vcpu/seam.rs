@@ -6,8 +6,8 @@ use crate::apic::Message;
 use crate::cpu::{Activity, Cpu, RIP};
 use crate::translate::Translator;
 use ringfort_engine::{
-    Capabilities, CpuState, CpuidTable, DebugRequest, DebugVcpu, EngineError, Hypervisor, Kick, MachineBus,
-    MpState, Vcpu, VcpuExit, Vm,
+    Capabilities, CpuState, CpuidTable, DebugRequest, DebugVcpu, EngineError, FeatureSet, Hypervisor, Kick,
+    MachineBus, MpState, Vcpu, VcpuExit, Vm,
 };
 use ringfort_memory::{GuestMemory, RamMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -53,6 +53,7 @@ pub fn open(tier: Tier) -> Result<SoftHypervisor, EngineError> {
         software: true,
         tsc_khz: u32::try_from(clock.hz() / 1000).unwrap_or(u32::MAX),
         cpuid: crate::cpuid::offered().clone(),
+        carried: FeatureSet::of(crate::cpuid::CARRIED),
         paravirt: super::paravirt_features(),
         apic_khz: (crate::apic::TIMER_HZ / 1000) as u32,
     };

@@ -141,6 +141,64 @@ fn msrs_validate_what_they_take() {
     assert_eq!(msr(&mut g, EFER, 1 << 63 | EFER_LME), Err(13));
 }
 
+/// A guest that has seen them under another engine goes on with them: they hold what they held, and take what it writes.
+#[test]
+fn msrs_of_features_that_are_carried() {
+    let mut t = host_cpuid();
+    for l in &mut t.leaves {
+        match (l.function, l.index) {
+            // SPEC_CTRL, STIBP, L1D_FLUSH, ARCH_CAPABILITIES, SSBD.
+            (7, Some(0)) => l.edx |= 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 31,
+            (0x8000_0001, _) => l.ecx |= 1 << 9,
+            // IBPB, IBRS, STIBP, SSBD, VIRT_SSBD.
+            (0x8000_0008, _) => l.ebx |= 1 << 12 | 1 << 14 | 1 << 15 | 1 << 24 | 1 << 25,
+            _ => {}
+        }
+    }
+    let mut g = Guest::with_cpuid(TestMode::Long64, t.clone());
+    let mut s = g.cpu().to_state();
+    // RDCL_NO, MDS_NO, TSX_CTRL; errata by number.
+    let told =
+        [(IA32_ARCH_CAPABILITIES, 1 << 0 | 1 << 5 | 1 << 7), (AMD_OSVW_ID_LENGTH, 4), (AMD_OSVW_STATUS, 9)];
+    for (n, v) in told {
+        s.msrs.retain(|m| m.0 != n);
+        s.msrs.push((n, v));
+    }
+    s.msrs.push((IA32_TSX_CTRL, 3));
+    s.msrs.sort_unstable();
+    g.cpu().from_state(&s).unwrap();
+    let read = |g: &mut Guest, n: u32| g.cpu().read_msr(n).ok();
+    for (n, v) in told.into_iter().chain([(IA32_TSX_CTRL, 3)]) {
+        assert_eq!(read(&mut g, n), Some(v), "{n:#x}");
+    }
+    for (n, takes) in [(IA32_SPEC_CTRL, 5), (AMD_VIRT_SPEC_CTRL, 4), (IA32_TSX_CTRL, 1), (AMD_OSVW_STATUS, 1)]
+    {
+        assert_eq!(msr(&mut g, n, takes), Ok(takes), "{n:#x}");
+    }
+    assert_eq!(msr(&mut g, IA32_ARCH_CAPABILITIES, 0), Err(13));
+    // Commands: only written.
+    for n in [IA32_PRED_CMD, 0x10b] {
+        assert!(g.cpu().write_msr(n, 1).is_ok() && g.cpu().read_msr(n).is_err(), "{n:#x}");
+    }
+    assert_eq!(g.cpu().to_state().msrs.iter().find(|m| m.0 == IA32_ARCH_CAPABILITIES), Some(&told[0]));
+    g.cpu().reset(false);
+    assert_eq!(read(&mut g, IA32_ARCH_CAPABILITIES), Some(told[0].1), "a constant");
+    assert_eq!(read(&mut g, IA32_SPEC_CTRL), Some(0));
+    // Whoever was not told has none of them.
+    for l in &mut t.leaves {
+        match (l.function, l.index) {
+            (7, Some(0)) => l.edx = 0,
+            (0x8000_0001, _) => l.ecx = 0,
+            (0x8000_0008, _) => l.ebx = 0,
+            _ => {}
+        }
+    }
+    let mut g = Guest::with_cpuid(TestMode::Long64, t);
+    for n in [IA32_ARCH_CAPABILITIES, IA32_SPEC_CTRL, AMD_OSVW_STATUS, IA32_TSX_CTRL, AMD_VIRT_SPEC_CTRL] {
+        assert_eq!(read(&mut g, n), None, "{n:#x}");
+    }
+}
+
 fn table(vendor: [u32; 3]) -> CpuidTable {
     let mut t = host_cpuid();
     for l in &mut t.leaves {

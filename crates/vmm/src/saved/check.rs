@@ -10,6 +10,8 @@ pub struct Unfit(pub String);
 
 /// Features that CPUID tables show and that no engine has to offer: they are made from the topology or say that there is a hypervisor.
 const MADE: &str = "hypervisor topoext ht cmp-legacy";
+/// What systems switch on and off against speculation. The software engine takes it, and it does nothing there.
+const MITIGATIONS: &str = "spec-ctrl stibp ssbd flush-l1d md-clear ibpb ibrs amd-stibp amd-ssbd virt-ssbd";
 /// How far TSC frequencies may lie apart, in millionths: KVM's default, and what clocks are kept in step over anyway.
 const TSC_TOLERANCE: u64 = 250;
 
@@ -20,12 +22,12 @@ pub(super) fn cpuid<'a>(
     engine: &str,
     offered: &Capabilities,
 ) -> Result<&'a [CpuidTable], Unfit> {
-    let available = FeatureSet::from_table(&offered.cpuid).or(&FeatureSet::of(MADE));
+    let available = FeatureSet::from_table(&offered.cpuid).or(&FeatureSet::of(MADE)).or(&offered.carried);
     for table in &saved.cpuid {
         let missing = FeatureSet::from_table(table).minus(&available);
         if missing != FeatureSet::default() {
             return Err(Unfit(format!(
-                "its CPUs have features that the engine {engine} lacks here: {}; use another engine or host, or save a machine that runs with --cpu …,-{}",
+                "its CPUs have features that the engine {engine} lacks here: {}; use another engine or host, or save a machine that runs with --cpu portable, or with --cpu …,-{}",
                 missing.names().join(", "),
                 missing.names().join(",-"),
             )));
@@ -53,4 +55,17 @@ pub(super) fn cpuid<'a>(
         )));
     }
     Ok(&saved.cpuid)
+}
+
+/// A line about what the guest does against speculation and that does nothing under the engine at hand; `None` if it does no such thing.
+pub(super) fn idle_mitigations(saved: &MachineState, engine: &str, offered: &Capabilities) -> Option<String> {
+    let idle = FeatureSet::of(MITIGATIONS).and(&offered.carried);
+    let all = saved.cpuid.iter().fold(FeatureSet::default(), |all, t| all.or(&FeatureSet::from_table(t)));
+    let names = all.and(&idle).names();
+    (!names.is_empty()).then(|| {
+        format!(
+            "engine: {engine}, where what the guest's CPUs have against speculation has no effect ({})",
+            names.join(", ")
+        )
+    })
 }

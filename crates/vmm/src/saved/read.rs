@@ -161,6 +161,11 @@ impl<R: Read> Saved<R> {
         }
     }
 
+    /// What is to be said about mitigations that the guest relies on.
+    pub(crate) fn idle_mitigations(&self, engine: &str, offered: &Capabilities) -> Option<String> {
+        check::idle_mitigations(&self.machine, engine, offered)
+    }
+
     /// The frequency of the guest's TSC as it knows it, in kHz.
     pub(crate) fn tsc_khz(&self) -> u32 {
         self.machine.tsc_khz

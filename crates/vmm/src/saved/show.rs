@@ -2,7 +2,7 @@
 
 use super::Saved;
 use crate::error::VmmError;
-use ringfort_engine::CpuState;
+use ringfort_engine::{CpuState, FeatureSet};
 use ringfort_state::{Chunk, StateError};
 use serde_json::{Value, json};
 use std::io::Read;
@@ -50,6 +50,7 @@ pub fn show(path: &Path, bodies: bool) -> Result<Value, VmmError> {
         "saved-at": m.saved_at_ns / 1_000_000_000,
         "uuid": m.uuid.iter().map(|b| format!("{b:02x}")).collect::<String>(),
         "tsc-khz": m.tsc_khz,
+        "cpu-features": m.cpuid.first().map(|t| FeatureSet::from_table(t).names()),
         "clocks": { "machine-ns": saved.clocks.machine_ns, "paravirtual-ns": saved.clocks.paravirt_ns },
         "config": saved.config,
         "disks": disks,

@@ -99,6 +99,8 @@ pub struct CpuBuilder {
 const ALWAYS: &str = "x2apic tsc-deadline tsc-adjust arat";
 /// Made by the builder, whatever the engine says.
 const MADE: &str = "hypervisor topoext";
+/// Not to be seen on CPUs by Intel, whatever the engine says: where the bits are not reserved there, systems do not look at them.
+const AMD_ONLY: &str = "topoext cr8legacy misalignsse osvw xsaveerptr clzero";
 /// Made by the builder from the topology; asking changes nothing.
 const FROM_TOPOLOGY: &str = "ht cmp-legacy";
 
@@ -116,21 +118,22 @@ impl CpuBuilder {
             b"Genu" => Vendor::Intel,
             _ => Vendor::Amd,
         });
-        let vendor = if m.host { host_vendor.unwrap_or(m.vendor) } else { m.vendor };
+        let vendor = if m.host() { host_vendor.unwrap_or(m.vendor) } else { m.vendor };
 
         let mut available = FeatureSet::from_table(offered);
         available = available.or(&FeatureSet::of(MADE)).minus(&FeatureSet::of(FROM_TOPOLOGY));
         if vendor == Vendor::Intel {
-            available.set("topoext", false);
+            available = available.minus(&FeatureSet::of(AMD_ONLY));
         }
+        let kept = |set: FeatureSet| spec.within.filter(|_| m.host()).map_or(set, |w| set.and(&w));
         let mut wanted = FeatureSet::default();
-        if m.host {
-            wanted = available;
+        if m.host() {
+            wanted = kept(available).or(&available.and(&FeatureSet::of(MADE)));
         }
         for list in m.features {
             wanted = wanted.or(&FeatureSet::of(list));
         }
-        wanted = wanted.or(&FeatureSet::of(ALWAYS).and(&available));
+        wanted = wanted.or(&kept(FeatureSet::of(ALWAYS).and(&available)));
         wanted.set("hypervisor", true);
         let mut requested = FeatureSet::default();
         for &(name, on) in &spec.changes {
@@ -152,13 +155,13 @@ impl CpuBuilder {
         };
 
         let found = |f| offered.find(f, 0);
-        let signature = match found(1).filter(|l| m.host && l.eax != 0) {
+        let signature = match found(1).filter(|l| m.host() && l.eax != 0) {
             Some(l) => l.eax,
             None => signature(m.family, m.model, m.stepping),
         };
         let mut brand = [0; 48];
         match (found(0x8000_0002), found(0x8000_0003), found(0x8000_0004)) {
-            (Some(a), Some(b), Some(c)) if m.host && a.eax != 0 => {
+            (Some(a), Some(b), Some(c)) if m.host() && a.eax != 0 => {
                 let words = [a, b, c].into_iter().flat_map(|l| [l.eax, l.ebx, l.ecx, l.edx]);
                 for (to, w) in brand.chunks_mut(4).zip(words) {
                     to.copy_from_slice(&w.to_le_bytes());
@@ -171,8 +174,8 @@ impl CpuBuilder {
                 brand[..n].copy_from_slice(&text[..n]);
             }
         }
-        let caches = if m.host { offered_caches(offered, vendor) } else { m.caches.to_vec() };
-        let level = if m.host { found(0).map_or(m.level, |l| l.eax).clamp(0xd, 0x1f) } else { m.level };
+        let caches = if m.host() { offered_caches(offered, vendor) } else { m.caches.to_vec() };
+        let level = if m.host() { found(0).map_or(m.level, |l| l.eax).clamp(0xd, 0x1f) } else { m.level };
         let physical_bits = found(0x8000_0008).map_or(40, |l| l.eax & 0xff).clamp(36, 52);
         // Facts about selectors and LFENCE, not things to switch: pass on what holds.
         let ext_21 = found(0x8000_0021).map_or(0, |l| l.eax & (1 << 0 | 1 << 2 | 1 << 6));
@@ -187,7 +190,7 @@ impl CpuBuilder {
             physical_bits,
             topology,
             hypervisor,
-            extended_topology: m.host && vendor == Vendor::Intel && level >= 0x1f,
+            extended_topology: m.host() && vendor == Vendor::Intel && level >= 0x1f,
         };
         (builder, dropped)
     }

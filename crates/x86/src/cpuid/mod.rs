@@ -11,7 +11,7 @@ mod tests;
 
 pub use build::{CpuBuilder, Dropped, Hypervisor, Topology};
 pub use feature::{FeatureSet, FeatureWord, Register, WORDS, canonical, feature_names};
-pub use model::{Cache, CacheKind, MODELS, Model, Vendor, find_model};
+pub use model::{Cache, CacheKind, MODELS, Model, Scope, Vendor, find_model};
 pub use spec::{CpuSpec, SpecError};
 
 use serde::{Deserialize, Serialize};

@@ -57,6 +57,19 @@ pub(super) const INTEL_CACHES: [Cache; 4] = caches((32, 8), (32, 8), (256, 8), (
 pub(super) const SERVER_CACHES: [Cache; 4] = caches((32, 8), (32, 8), (1024, 16), (16384, 16));
 pub(super) const AMD_CACHES: [Cache; 4] = caches((32, 8), (64, 4), (512, 8), (8192, 16));
 
+/// Which features a model has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// Its own.
+    Own,
+    /// All that the engine offers.
+    Engine,
+    /// Of those, the ones that a guest can take along to the software engine.
+    Software,
+    /// Those that all engines of the host offer: a guest can go from each to each.
+    Portable,
+}
+
 /// A CPU model.
 #[derive(Debug)]
 pub struct Model {
@@ -64,9 +77,11 @@ pub struct Model {
     pub name: &'static str,
     /// Other names for it.
     pub aliases: &'static [&'static str],
-    /// Take vendor, signature, brand, caches and all features from what the engine offers; the fields below are then
-    /// only used where the engine does not say.
-    pub host: bool,
+    /// Which features it has. Unless they are its own, vendor, signature, brand and caches are taken from what the engine offers as well;
+    /// the fields below are then only used where the engine does not say.
+    pub scope: Scope,
+    /// What it is, in a few words.
+    pub about: &'static str,
     /// Vendor.
     pub vendor: Vendor,
     /// Display family.
@@ -98,11 +113,12 @@ const EPYC: &str = "vme ssse3 sse4.1 sse4.2 popcnt pclmulqdq monitor fma movbe a
      clflushopt sha-ni xsaveopt xsavec xgetbv1 arat";
 
 /// All models.
-pub static MODELS: [Model; 8] = [
+pub static MODELS: [Model; 9] = [
     Model {
         name: "qemu64",
         aliases: &[],
-        host: false,
+        scope: Scope::Own,
+        about: "the least that 64-bit systems want",
         vendor: Vendor::Amd,
         family: 15,
         model: 107,
@@ -115,7 +131,8 @@ pub static MODELS: [Model; 8] = [
     Model {
         name: "Nehalem",
         aliases: &[],
-        host: false,
+        scope: Scope::Own,
+        about: "Intel, 2008",
         vendor: Vendor::Intel,
         family: 6,
         model: 26,
@@ -128,7 +145,8 @@ pub static MODELS: [Model; 8] = [
     Model {
         name: "Haswell",
         aliases: &["Haswell-noTSX"],
-        host: false,
+        scope: Scope::Own,
+        about: "Intel, 2013, without TSX",
         vendor: Vendor::Intel,
         family: 6,
         model: 60,
@@ -141,7 +159,8 @@ pub static MODELS: [Model; 8] = [
     Model {
         name: "Skylake-Client",
         aliases: &["Skylake", "Skylake-Client-noTSX-IBRS"],
-        host: false,
+        scope: Scope::Own,
+        about: "Intel, 2015, without TSX",
         vendor: Vendor::Intel,
         family: 6,
         model: 94,
@@ -154,7 +173,8 @@ pub static MODELS: [Model; 8] = [
     Model {
         name: "Skylake-Server",
         aliases: &["Skylake-Server-noTSX-IBRS"],
-        host: false,
+        scope: Scope::Own,
+        about: "Intel, 2017, without TSX and AVX-512",
         vendor: Vendor::Intel,
         family: 6,
         model: 85,
@@ -167,7 +187,8 @@ pub static MODELS: [Model; 8] = [
     Model {
         name: "EPYC",
         aliases: &[],
-        host: false,
+        scope: Scope::Own,
+        about: "AMD, 2017",
         vendor: Vendor::Amd,
         family: 23,
         model: 1,
@@ -180,7 +201,8 @@ pub static MODELS: [Model; 8] = [
     Model {
         name: "max",
         aliases: &[],
-        host: true,
+        scope: Scope::Software,
+        about: "all that the engine has here, as far as the software engine can go on with it",
         vendor: Vendor::Amd,
         family: 15,
         model: 107,
@@ -193,7 +215,22 @@ pub static MODELS: [Model; 8] = [
     Model {
         name: "host",
         aliases: &[],
-        host: true,
+        scope: Scope::Engine,
+        about: "all that the engine has here",
+        vendor: Vendor::Amd,
+        family: 15,
+        model: 107,
+        stepping: 1,
+        brand: "Virtual x86-64 CPU",
+        caches: AMD_CACHES,
+        level: 0xd,
+        features: &[],
+    },
+    Model {
+        name: "portable",
+        aliases: &[],
+        scope: Scope::Portable,
+        about: "what KVM and the software engine both have here: saved machines go from each to each",
         vendor: Vendor::Amd,
         family: 15,
         model: 107,
@@ -204,6 +241,13 @@ pub static MODELS: [Model; 8] = [
         features: &[],
     },
 ];
+
+impl Model {
+    /// Whether it follows the engine.
+    pub fn host(&self) -> bool {
+        self.scope != Scope::Own
+    }
+}
 
 /// The model of this name or alias; case does not matter.
 pub fn find_model(name: &str) -> Option<&'static Model> {

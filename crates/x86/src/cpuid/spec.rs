@@ -1,6 +1,6 @@
 //! `MODEL[,+feature,-feature,feature=on|off]`, as the command line has it.
 
-use super::{MODELS, Model, canonical, feature_names, find_model};
+use super::{FeatureSet, MODELS, Model, canonical, feature_names, find_model};
 use std::str::FromStr;
 
 /// A CPU as asked for.
@@ -10,6 +10,8 @@ pub struct CpuSpec {
     pub model: &'static Model,
     /// Changes to its features, in order: canonical name, on or off. The last one about a feature counts.
     pub changes: Vec<(&'static str, bool)>,
+    /// What a model that follows the engine is kept to, beside the changes; all that the engine offers if `None`.
+    pub within: Option<FeatureSet>,
 }
 
 /// Why a CPU description is not understood.
@@ -42,7 +44,7 @@ pub enum SpecError {
 impl CpuSpec {
     /// A model without changes.
     pub fn plain(model: &'static Model) -> CpuSpec {
-        CpuSpec { model, changes: Vec::new() }
+        CpuSpec { model, changes: Vec::new(), within: None }
     }
 }
 
@@ -74,7 +76,7 @@ impl FromStr for CpuSpec {
                 .ok_or_else(|| SpecError::Feature { name: feature.into(), hint: hint(feature) })?;
             changes.push((known, on));
         }
-        Ok(CpuSpec { model, changes })
+        Ok(CpuSpec { model, changes, within: None })
     }
 }
 

@@ -117,6 +117,37 @@ fn the_engine_has_the_last_word() {
 }
 
 #[test]
+fn a_model_that_follows_the_engine_is_kept_to_what_it_may_have() {
+    let with = |spec: &str, vendor: &[u8; 12]| {
+        let mut spec: CpuSpec = spec.parse().unwrap();
+        spec.within = Some(FeatureSet::of("fpu sse sse2 fxsr xsave avx apic x2apic sse4.2 lm"));
+        CpuBuilder::new(&spec, &everything(vendor), Topology::flat(1), Hypervisor::default())
+    };
+    let amd = b"AuthenticAMD";
+    for model in ["max", "portable"] {
+        let (b, d) = with(model, amd);
+        assert!(d.is_empty(), "{d:?}");
+        // What needs something that is not in it is not in it either.
+        let has = ["fpu", "apic", "fxsr", "sse", "sse2", "x2apic", "xsave", "hypervisor", "topoext", "lm"];
+        assert_eq!(b.features().minus(&FeatureSet::of(&has.join(" "))), FeatureSet::default());
+        assert!(has.iter().all(|f| b.features().has(f)), "{:?}", b.features().names());
+    }
+    // What is asked for by name is had all the same.
+    let (b, d) = with("max,+clzero,-avx", amd);
+    assert!(b.features().has("clzero") && !b.features().has("avx") && d.is_empty(), "{d:?}");
+    // Models of their own are what they are.
+    assert!(with("EPYC", amd).0.features().has("aes"));
+    // Words of AMD's are not said by others.
+    let (b, _) = CpuBuilder::new(
+        &"host".parse().unwrap(),
+        &everything(b"GenuineIntel"),
+        Topology::flat(1),
+        Hypervisor::default(),
+    );
+    assert!(!b.features().has("xsaveerptr") && b.features().has("wbnoinvd"));
+}
+
+#[test]
 fn models_have_vendor_signature_and_brand() {
     let check = |spec, vendor: &[u8], signature, brand: &str| {
         let (b, _) = build(spec, Topology::flat(1));
