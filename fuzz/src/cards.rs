@@ -15,7 +15,7 @@ use ringfort_virtio::queue::{Gate, Queue, QueueLayout, QueueProgress};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
+pub(crate) const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
 const MEMORY: u64 = 1 << 20;
 
 /// Checks what it is given as a back end would, and gives some frames.
@@ -60,14 +60,14 @@ fn wire(options: u8) -> Arc<Wire> {
     Arc::new(Wire { can, left: AtomicU32::new(u32::from(options >> 4)), seed: options | 1 })
 }
 
-fn memory(image: &[u8]) -> GuestMemory {
+pub(crate) fn memory(image: &[u8]) -> GuestMemory {
     let memory = ringfort_memory::allocate(&[(0, MEMORY)]).expect("memory");
     let n = image.len().min(MEMORY as usize);
     memory.write_slice(&image[..n], GuestAddress(0)).expect("RAM");
     memory
 }
 
-struct Silent;
+pub(crate) struct Silent;
 
 impl ringfort_virtio::Interrupt for Silent {
     fn queue(&self, _: u16) {}

@@ -8,6 +8,7 @@ mod boot;
 mod cards;
 mod decode;
 mod disk;
+mod frames;
 mod network;
 mod options;
 mod pci;
@@ -18,6 +19,7 @@ pub use boot::boot_loader;
 pub use cards::{e1000e, net_services, virtio_net};
 pub use decode::decoder;
 pub use disk::{disk_import, disk_qcow2};
+pub use frames::net_frames;
 pub use network::user_network;
 pub use options::options;
 pub use pci::pci_config;
@@ -28,12 +30,13 @@ pub use state::state_file;
 pub type Target = fn(&[u8]);
 
 /// All of them, by name.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("boot_loader", boot_loader),
     ("decoder", decoder),
     ("disk_import", disk_import),
     ("disk_qcow2", disk_qcow2),
     ("e1000e", e1000e),
+    ("net_frames", net_frames),
     ("net_services", net_services),
     ("options", options),
     ("pci_config", pci_config),

@@ -79,6 +79,20 @@ pub fn failure(query: &[u8], q: &Question) -> Vec<u8> {
     m
 }
 
+/// Whether a message of a server's is the response to a query with this number: to the same question, in the case that was asked
+/// (RFC 5452 section 9.1). Servers that could not read a question repeat none.
+pub fn responds(message: &[u8], number: [u8; 2], query: &[u8]) -> bool {
+    let Some(header) = message.first_chunk::<HEADER>() else { return false };
+    if header[..2] != number || header[2] & 0x80 == 0 || (header[2] ^ query[2]) & 0x78 != 0 {
+        return false;
+    }
+    match header[4..6] {
+        [0, 0] => header[3] & 15 != 0,
+        [0, 1] => question(query).is_some_and(|q| message.get(HEADER..q.end) == query.get(HEADER..q.end)),
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +121,23 @@ mod tests {
         let q = question(&m).unwrap();
         assert_eq!(answer(&m, &q, Some([1; 4].into())).len(), m.len(), "no address of that type");
         assert_eq!(failure(&m, &q)[3] & 15, 2);
+    }
+
+    #[test]
+    fn only_the_response_to_a_question_is_one() {
+        let m = query(&["vm1", "lab"], 1);
+        let q = question(&m).unwrap();
+        let a = answer(&m, &q, Some([1; 4].into()));
+        assert!(responds(&a, [1, 2], &m) && responds(&failure(&m, &q), [1, 2], &m));
+        assert!(!responds(&a, [1, 3], &m) && !responds(&m, [1, 2], &m));
+        assert!(
+            !responds(&a, [1, 2], &query(&["vm2", "lab"], 1))
+                && !responds(&a, [1, 2], &query(&["vm1", "lab"], 28))
+        );
+        // Format error, without a question; an answer without one is none.
+        assert!(responds(&[1, 2, 0x81, 1, 0, 0, 0, 0, 0, 0, 0, 0], [1, 2], &m));
+        assert!(!responds(&[1, 2, 0x81, 0, 0, 0, 0, 0, 0, 0, 0, 0], [1, 2], &m));
+        assert!((0..q.end).all(|n| !responds(&a[..n], [1, 2], &m)));
     }
 
     #[test]

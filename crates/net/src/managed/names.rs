@@ -37,7 +37,8 @@ pub struct Names {
 /// A query that was handed on.
 struct Asked {
     number: [u8; 2],
-    theirs: [u8; 2],
+    /// The question as it came.
+    query: Vec<u8>,
     socket: usize,
     client: SocketAddr,
     server: SocketAddr,
@@ -119,8 +120,8 @@ impl Names {
                     let number = std::iter::repeat_with(|| fastrand::u16(..).to_be_bytes())
                         .find(|i| asked.iter().all(|a| a.number != *i))
                         .unwrap_or_default();
-                    let theirs = [buffer[0], buffer[1]];
-                    asked.push(Asked { number, theirs, socket: n, client, server, since: Instant::now() });
+                    let query = buffer[..len].to_vec();
+                    asked.push(Asked { number, query, socket: n, client, server, since: Instant::now() });
                     buffer[..2].copy_from_slice(&number);
                     let _ = via.send_to(&buffer[..len], server);
                 }
@@ -128,10 +129,11 @@ impl Names {
             for s in &out {
                 while let Ok((len, from)) = s.recv_from(&mut buffer) {
                     // Only the server that was asked is heard.
-                    let is_answer = |a: &Asked| len >= 12 && a.number == buffer[..2] && a.server == from;
+                    let is_answer =
+                        |a: &Asked| a.server == from && dns::responds(&buffer[..len], a.number, &a.query);
                     if let Some(at) = asked.iter().position(is_answer) {
                         let a = asked.swap_remove(at);
-                        buffer[..2].copy_from_slice(&a.theirs);
+                        buffer[..2].copy_from_slice(&a.query[..2]);
                         let _ = sockets[a.socket].send_to(&buffer[..len], a.client);
                     }
                 }
@@ -191,7 +193,7 @@ impl Names {
                 message(&mut s)
             })();
             match asked {
-                Ok(a) if a.len() >= 12 && a[..2] == query[..2] => return Ok(a),
+                Ok(a) if dns::responds(&a, [query[0], query[1]], query) => return Ok(a),
                 Ok(_) => return Err(ErrorKind::InvalidData.into()),
                 // The last of them is asked next time, too; until then this question has waited long enough.
                 Err(e) if !lock(&self.resolver).failed(server) || e.kind() == ErrorKind::WouldBlock => {
