@@ -87,6 +87,12 @@ pub trait VirtioDevice: Send + Sync {
     /// Features offered, beyond [`feature::COMMON`].
     fn features(&self) -> u64;
 
+    /// Whether a driver may choose these of its features together: some need others.
+    fn fits(&self, features: u64) -> bool {
+        let _ = features;
+        true
+    }
+
     /// The largest size of each queue; their number is the number of queues.
     fn queue_sizes(&self) -> Vec<u16>;
 

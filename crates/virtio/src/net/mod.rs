@@ -48,6 +48,15 @@ const F_HOST_USO: u64 = 1 << 56;
 const F_HASH_REPORT: u64 = 1 << 57;
 const F_RSS: u64 = 1 << 60;
 
+/// Features that need one of others (section 5.1.3.1).
+const NEEDS: [(u64, u64); 5] = [
+    (F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_USO, F_CSUM),
+    (F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_USO4 | F_GUEST_USO6, F_GUEST_CSUM),
+    (F_HOST_ECN, F_HOST_TSO4 | F_HOST_TSO6),
+    (F_GUEST_ECN, F_GUEST_TSO4 | F_GUEST_TSO6),
+    (F_CTRL_RX | F_CTRL_VLAN | F_GUEST_ANNOUNCE | F_MQ | F_CTRL_MAC_ADDR | F_RSS, F_CTRL_VQ),
+];
+
 /// Entries of each receive and transmit queue.
 const QUEUE_SIZE: u16 = 256;
 /// Entries of the control queue.
@@ -402,8 +411,8 @@ impl Net {
                 *frame = m.frame;
                 return Some((m.header, m.verdict));
             }
-            let header = self.backend.receive(pair as u16, frame)?;
-            if !self.wanted(frame) {
+            let mut header = self.backend.receive(pair as u16, frame)?;
+            if !self.wanted(&mut header, frame) {
                 self.pairs[pair].counters.rx_dropped.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
@@ -427,9 +436,17 @@ impl Net {
         }
     }
 
-    fn wanted(&self, frame: &[u8]) -> bool {
+    /// Whether the driver gets a frame; its header then says no more than the driver understands.
+    fn wanted(&self, header: &mut VnetHeader, frame: &[u8]) -> bool {
         let s = lock(&self.state);
-        s.status & S_LINK_UP != 0 && s.filter.wants(frame, &s.mac, s.features & F_CTRL_VLAN != 0)
+        // Section 5.1.6.4.1: flags are for those who want checksums left to them.
+        header.valid &= s.control.offloads & F_GUEST_CSUM != 0;
+        // Section 5.1.4.1: nothing longer than the MTU that was agreed on, unless it is still to be cut.
+        let tag = if matches!(frame.get(12..14), Some([0x81, 0] | [0x88, 0xa8])) { 4 } else { 0 };
+        let most = self.mtu.filter(|_| s.features & F_MTU != 0 && header.gso.is_none());
+        most.is_none_or(|m| frame.len() <= usize::from(m) + MIN_FRAME as usize + tag)
+            && s.status & S_LINK_UP != 0
+            && s.filter.wants(frame, &s.mac, s.features & F_CTRL_VLAN != 0)
     }
 
     /// Put a frame into the driver's buffers: into one chain, or as many as it needs with mergeable buffers
@@ -527,7 +544,8 @@ fn read_frame(chain: &Chain, before: u64, accepted: Offloads, frame: &mut Vec<u8
     // At most MAX_FRAME bytes, whatever the guest says.
     frame.resize(len as usize, 0);
     chain.read(before, frame);
-    VnetHeader::decode(&raw, frame.len(), accepted)
+    // Drivers say nothing about checksums that they have checked (section 5.1.6.2.1).
+    VnetHeader::decode(&raw, frame.len(), accepted).map(|h| VnetHeader { valid: false, ..h })
 }
 
 impl VirtioDevice for Net {
@@ -580,6 +598,10 @@ impl VirtioDevice for Net {
             }
         }
         f
+    }
+
+    fn fits(&self, features: u64) -> bool {
+        NEEDS.iter().all(|(who, what)| features & who == 0 || features & what != 0)
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

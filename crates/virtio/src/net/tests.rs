@@ -188,7 +188,7 @@ fn a_full_back_end_keeps_frames_with_the_driver() {
 #[test]
 fn received_frames_wait_for_buffers() {
     let (wire, device) = net(1);
-    let mut rig = Rig::new(device, 0);
+    let mut rig = Rig::new(device, F_GUEST_CSUM);
     wire.give(VnetHeader { valid: true, ..VnetHeader::default() }, frame_to(MAC, 90));
     rig.send(0, &[(BUFFERS, 12, true), (BUFFERS + 0x100, 1514, true)]);
     assert_eq!(rig.used(0).1, 102);
@@ -558,4 +558,62 @@ fn state_survives_and_wrong_state_is_refused() {
     rig.core.write_status(0);
     rig.core.read_config(0, &mut mac);
     assert_eq!(mac, MAC);
+}
+
+#[test]
+fn features_that_need_others_are_not_had_without_them() {
+    let (_, device) = net(2);
+    let all = device.features();
+    assert!(device.fits(all) && device.fits(0));
+    for (without, what) in [
+        (F_CSUM, "segmentation needs checksums"),
+        (F_GUEST_CSUM, "so it does on reception"),
+        (F_HOST_TSO4 | F_HOST_TSO6, "ECN needs segmentation"),
+        (F_GUEST_TSO4 | F_GUEST_TSO6, "ECN needs segmentation on reception"),
+        (F_CTRL_VQ, "commands need a queue"),
+    ] {
+        assert!(!device.fits(all & !without), "{what}");
+    }
+    assert!(device.fits(all & !(F_CTRL_VQ | NEEDS[4].0)) && device.fits(all & !F_HOST_TSO4));
+    // Without them the device takes no driver.
+    let wire = Arc::new(Wire::default());
+    let net = Net::new(wire, NetOptions { mac: MAC, pairs: 1, mtu: None, rss: false }).unwrap();
+    let rig = Rig::idle(net);
+    let core = &rig.core;
+    core.write_status(status::ACKNOWLEDGE | status::DRIVER);
+    for (half, features) in [(0, F_HOST_TSO4 as u32), (1, 1)] {
+        core.set_driver_select(half);
+        core.set_driver_features(features);
+    }
+    core.write_status(status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK);
+    assert_eq!(core.status() & status::FEATURES_OK, 0);
+}
+
+#[test]
+fn a_driver_gets_no_flags_that_it_has_not_asked_for_and_nothing_longer_than_its_mtu() {
+    let valid = VnetHeader { valid: true, ..VnetHeader::default() };
+    for (features, flags) in [(0, 0), (F_MTU, 0), (F_GUEST_CSUM, 2), (F_GUEST_CSUM | F_MTU, 2)] {
+        let (wire, device) = net(1);
+        let mut rig = Rig::new(device.clone(), features);
+        let mut tagged = frame_to(MAC, 1518);
+        tagged[12..16].copy_from_slice(&[0x81, 0, 0, 1]);
+        for frame in [frame_to(MAC, 1514), frame_to(MAC, 1515), tagged, frame_to(MAC, 60)] {
+            wire.give(valid, frame);
+        }
+        let lengths: &[u32] = if features & F_MTU == 0 { &[1514, 1515, 1518, 60] } else { &[1514, 1518, 60] };
+        for n in lengths {
+            rig.send(0, &[(BUFFERS, 2000, true)]);
+            assert_eq!(rig.used(0).1, 12 + n, "{features:#x}");
+            assert_eq!(rig.read(BUFFERS, 1), [flags], "{features:#x}");
+        }
+        assert_eq!(device.statistics()[0].rx_dropped, u64::from(features & F_MTU != 0));
+    }
+    // What the driver says of its own frames is not taken for granted.
+    let (wire, device) = net(1);
+    let mut rig = Rig::new(device, F_CSUM);
+    rig.write(BUFFERS, &valid.encode(0));
+    rig.write(BUFFERS + 12, &frame_to(OTHER, 60));
+    rig.send(1, &[(BUFFERS, 72, false)]);
+    rig.used(1);
+    assert!(!lock(&wire.sent)[0].1.valid);
 }

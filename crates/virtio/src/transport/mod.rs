@@ -211,7 +211,7 @@ impl Core {
     }
 
     fn features_fit(&self, wanted: u64) -> bool {
-        wanted & feature::VERSION_1 != 0 && wanted & !self.offered() == 0
+        wanted & feature::VERSION_1 != 0 && wanted & !self.offered() == 0 && self.device.fits(wanted)
     }
 
     fn activate(&self, regs: &mut Regs, progress: &[Option<QueueProgress>]) {
@@ -567,7 +567,10 @@ impl Core {
         }
         if s.status & status::FEATURES_OK != 0 && !self.features_fit(s.driver_features) {
             let extra = s.driver_features & !self.offered();
-            return Err(format!("the driver uses features {extra:#x} that this device does not offer"));
+            return Err(match extra {
+                0 => "the driver uses features that do not go together".into(),
+                _ => format!("the driver uses features {extra:#x} that this device does not offer"),
+            });
         }
         if s.status & status::DRIVER_OK != 0 && s.status & status::FEATURES_OK == 0 {
             return Err("impossible status".into());
