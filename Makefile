@@ -64,6 +64,9 @@ bench: build
 	scripts/need $(GUEST_PACKAGES) $(BENCH_PACKAGES)
 	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(ARGS)
 	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-net -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(NET_ARGS)
+	if [ "$$(id -u)" = 0 ] && [ -c /dev/net/tun ]; then \
+	    $(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-net -- --tap --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)); \
+	else echo 'skipped: networks over a tap: root and /dev/net/tun are needed'; fi
 	$(CARGO) run --release -q -p ringfort-bench --bin ringfort-bench-disk -- --ringfort target/release/ringfort $(if $(QEMU),--qemu $(QEMU)) $(DISK_ARGS)
 
 # The disks alone: block layer against qemu-img, fio in a guest against QEMU.
