@@ -32,6 +32,7 @@ pub mod option {
     pub const LEASE: u8 = 51;
     pub const KIND: u8 = 53;
     pub const SERVER: u8 = 54;
+    pub const CLIENT: u8 = 61;
     pub const BOOT_SERVER: u8 = 66;
     pub const BOOT_FILE: u8 = 67;
     pub const SEARCH: u8 = 119;
@@ -93,6 +94,11 @@ impl<'a> Request<'a> {
         })
     }
 
+    /// Whether the client hears only what is sent to all, because it has no address yet (RFC 2131 section 4.1).
+    pub fn needs_broadcast(&self) -> bool {
+        self.raw[10] & 0x80 != 0
+    }
+
     /// The value of an option.
     pub fn option(&self, code: u8) -> Option<&'a [u8]> {
         find(&self.raw[FIXED..], code)
@@ -134,6 +140,10 @@ impl Reply {
         let mut reply = Reply { message: m, to };
         reply.put(option::KIND, &[kind]);
         reply.put(option::SERVER, &server.octets());
+        // RFC 6842 section 3.
+        if let Some(id) = request.option(option::CLIENT) {
+            reply.put(option::CLIENT, id);
+        }
         reply
     }
 

@@ -125,7 +125,8 @@ pub fn answer(server: &Server, addresses: &mut dyn Addresses, request: &[u8]) ->
     let fits = match kind {
         SOLICIT | CONFIRM | REBIND => client.is_some() && meant.is_none(),
         REQUEST | RENEW | RELEASE | DECLINE => client.is_some() && meant == Some(&own_id),
-        INFORMATION_REQUEST => meant.is_none_or(|s| s == own_id),
+        // RFC 8415 section 16.12.
+        INFORMATION_REQUEST => meant.is_none_or(|s| s == own_id) && find(IA_NA).is_none(),
         _ => false,
     };
     if !fits {
@@ -141,7 +142,10 @@ pub fn answer(server: &Server, addresses: &mut dyn Addresses, request: &[u8]) ->
     let associations = options(body).filter_map(association).take(MOST_ASSOCIATIONS);
     match kind {
         CONFIRM => {
-            let fits = associations.filter_map(|(_, a)| a).all(|a| addresses.on_link(a));
+            // Without an address there is nothing to say (RFC 8415 section 18.3.3).
+            let mut asked = associations.filter_map(|(_, a)| a).peekable();
+            asked.peek()?;
+            let fits = asked.all(|a| addresses.on_link(a));
             put(&mut m, STATUS, &status(if fits { SUCCESS } else { NOT_ON_LINK }));
             return Some(m);
         }
@@ -170,6 +174,10 @@ pub fn answer(server: &Server, addresses: &mut dyn Addresses, request: &[u8]) ->
                     address.extend_from_slice(&preferred.to_be_bytes());
                     address.extend_from_slice(&server.valid.to_be_bytes());
                     put(&mut ia, IA_ADDRESS, &address);
+                    // What it has had and shall not have any more is over (RFC 8415 sections 18.3.4 and 18.3.5).
+                    if let Some(old) = wanted.filter(|w| *w != a && matches!(kind, RENEW | REBIND)) {
+                        put(&mut ia, IA_ADDRESS, &[&old.octets()[..], &[0; 8]].concat());
+                    }
                 }
                 None => put(&mut ia, STATUS, &status(NO_ADDRESS)),
             }

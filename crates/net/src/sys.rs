@@ -3,7 +3,8 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read as _};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
@@ -134,4 +135,113 @@ impl Created {
             }
         }
     }
+}
+
+/// What became of a datagram (ip(7), IP_RECVERR).
+#[derive(Debug)]
+pub struct Failure {
+    /// Where it was to go.
+    pub to: SocketAddr,
+    /// The host's error number.
+    pub errno: i32,
+    /// The kind and code of the ICMP message that told of it, if one did.
+    pub icmp: Option<(u8, u8)>,
+    /// More about it: the MTU of the path, if the datagram was too long for it.
+    pub info: u32,
+    /// Who told, as far as known.
+    pub by: Option<IpAddr>,
+}
+
+/// Have failures of datagrams kept for [`take_failure`].
+///
+/// # Errors
+/// The host's.
+pub fn keep_failures(fd: RawFd, v4: bool) -> io::Result<()> {
+    let (level, option) =
+        if v4 { (libc::IPPROTO_IP, libc::IP_RECVERR) } else { (libc::IPPROTO_IPV6, libc::IPV6_RECVERR) };
+    let on: libc::c_int = 1;
+    // SAFETY: the value is a number that lives during the call, and its length is told.
+    match unsafe {
+        libc::setsockopt(
+            fd,
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn address(raw: &[u8]) -> Option<SocketAddr> {
+    let port = u16::from_be_bytes(*raw.get(2..)?.first_chunk()?);
+    // `struct sockaddr_in` and `struct sockaddr_in6` (ip(7), ipv6(7)).
+    let ip: IpAddr = match i32::from(u16::from_ne_bytes(*raw.first_chunk()?)) {
+        libc::AF_INET => (*raw.get(4..)?.first_chunk::<4>()?).into(),
+        libc::AF_INET6 => (*raw.get(8..)?.first_chunk::<16>()?).into(),
+        _ => return None,
+    };
+    Some(SocketAddr::new(ip, port))
+}
+
+/// Take the oldest failure that is kept, and the beginning of what was in the datagram.
+///
+/// # Errors
+/// The host's: `WouldBlock` when there is none.
+pub fn take_failure(fd: RawFd, data: &mut Vec<u8>) -> io::Result<Option<Failure>> {
+    data.resize(1500, 0);
+    let (mut name, mut control) = ([0u8; 28], [0u64; 32]);
+    let mut iov = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
+    // SAFETY: all zeroes is a valid value of this plain structure.
+    let mut m: libc::msghdr = unsafe { std::mem::zeroed() };
+    (m.msg_name, m.msg_namelen) = (name.as_mut_ptr().cast(), name.len() as libc::socklen_t);
+    (m.msg_iov, m.msg_iovlen) = (&raw mut iov, 1);
+    (m.msg_control, m.msg_controllen) = (control.as_mut_ptr().cast(), size_of_val(&control));
+    // SAFETY: all that the message points to lives during the call and is as long as told.
+    let n = unsafe { libc::recvmsg(fd, &raw mut m, libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT) };
+    if n < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    data.truncate(n as usize);
+    let Some(to) = name.get(..m.msg_namelen as usize).and_then(address) else { return Ok(None) };
+    // SAFETY: the kernel has filled the control buffer, which `m` describes and which is aligned for its headers.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const m) };
+    while !next.is_null() {
+        // SAFETY: it points to a whole header in the control buffer.
+        let c = unsafe { *next };
+        let kinds = [(libc::IPPROTO_IP, libc::IP_RECVERR), (libc::IPPROTO_IPV6, libc::IPV6_RECVERR)];
+        if kinds.contains(&(c.cmsg_level, c.cmsg_type)) {
+            // SAFETY: as long as the header says, and within the buffer, as the kernel wrote it.
+            let raw = unsafe {
+                let len = (c.cmsg_len as usize).saturating_sub(libc::CMSG_LEN(0) as usize);
+                std::slice::from_raw_parts(libc::CMSG_DATA(next), len)
+            };
+            // `struct sock_extended_err`: error, origin, type, code, padding, info, data; then who told.
+            let Some(&[e0, e1, e2, e3, origin, kind, code, _, i0, i1, i2, i3]) = raw.first_chunk() else {
+                return Ok(None);
+            };
+            return Ok(Some(Failure {
+                to,
+                errno: i32::from_ne_bytes([e0, e1, e2, e3]),
+                // SO_EE_ORIGIN_ICMP and SO_EE_ORIGIN_ICMP6.
+                icmp: matches!(origin, 2 | 3).then_some((kind, code)),
+                info: u32::from_ne_bytes([i0, i1, i2, i3]),
+                by: raw.get(16..).and_then(address).map(|a| a.ip()),
+            }));
+        }
+        // SAFETY: both are as above.
+        next = unsafe { libc::CMSG_NXTHDR(&raw const m, next) };
+    }
+    Ok(None)
+}
+
+/// Whether the next byte of a stream is its urgent one (sockatmark(3)).
+pub fn at_mark(fd: RawFd) -> bool {
+    /// From the kernel's `asm-generic/sockios.h`.
+    const SIOCATMARK: libc::c_ulong = 0x8905;
+    let mut at: libc::c_int = 0;
+    // SAFETY: this request writes one number, which lives during the call.
+    unsafe { libc::ioctl(fd, SIOCATMARK, &raw mut at) == 0 && at != 0 }
 }

@@ -156,15 +156,21 @@ pub fn udp(frame: &mut Vec<u8>, path: &Path, ports: (u16, u16), data: &[u8], par
     finish(frame, path, UDP, start, 6, partial)
 }
 
-/// Frames with the parts of an UDP packet that is longer than `mtu` allows; `id` numbers them.
-pub fn fragments(path: &Path, whole: &[u8], mtu: usize, id: u32) -> impl Iterator<Item = Vec<u8>> {
+/// Frames with the parts of a packet of `protocol` that is longer than `mtu` allows; `id` numbers them.
+pub fn fragments(
+    path: &Path,
+    protocol: u8,
+    whole: &[u8],
+    mtu: usize,
+    id: u32,
+) -> impl Iterator<Item = Vec<u8>> {
     // Offsets count in units of 8 bytes (RFC 791, RFC 8200 section 4.5).
     let headers = if path.src.is_ipv6() { 48 } else { 20 };
     let room = mtu.saturating_sub(headers).max(8) & !7;
     whole.chunks(room).enumerate().map(move |(n, piece)| {
         let at = n * room;
         let mut f = Vec::with_capacity(ETH + 48 + piece.len());
-        ip_part(&mut f, path, UDP, piece.len(), Some((id, at, at + piece.len() < whole.len())));
+        ip_part(&mut f, path, protocol, piece.len(), Some((id, at, at + piece.len() < whole.len())));
         f.extend_from_slice(piece);
         f
     })

@@ -1,9 +1,10 @@
 //! UDP and ICMP echo: a socket of the host for each of the guest's, given up when it was idle for a while.
 
+use super::icmp::{self, Trouble};
 use super::stack::{Common, Target};
-use crate::VnetHeader;
-use crate::wire::{self, Path};
-use socket2::{Domain, Protocol, Socket, Type};
+use crate::wire::{self, ICMP, ICMP6, Path, UDP};
+use crate::{VnetHeader, sys};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -23,6 +24,10 @@ const MOST_SERVERS: u32 = 4;
 const MOST_QUERY: usize = 4096;
 /// Datagrams taken from one socket at a time.
 const BATCH: usize = 256;
+/// Failures of datagrams taken from one socket at a time.
+const FAILURES: usize = 32;
+/// Packets that may go this far or further are sent as far as the host sends its own; others are for finding out the way.
+const FAR: u8 = 33;
 /// Longest datagram.
 const MOST_BYTES: usize = 65_535;
 
@@ -54,6 +59,8 @@ struct Flow {
     kind: Kind,
     socket: UdpSocket,
     last: Instant,
+    /// How far its packets may go, if not as far as the host's own.
+    hops: Option<u8>,
     /// For a flow to a name server: which one, and what was asked last while it has not answered.
     dns: Option<(SocketAddr, Option<Asked>)>,
 }
@@ -67,6 +74,23 @@ struct Asked {
 }
 
 impl Flow {
+    fn new(kind: Kind, socket: UdpSocket) -> Flow {
+        Flow { kind, socket, last: Instant::now(), hops: None, dns: None }
+    }
+
+    /// Send no further than the guest wants, this router counted.
+    fn limit(&mut self, hops: u8, v4: bool) {
+        let wanted = (hops < FAR).then_some(hops.saturating_sub(1).max(1));
+        if wanted == self.hops {
+            return;
+        }
+        let value = u32::from(wanted.unwrap_or(64));
+        let s = SockRef::from(&self.socket);
+        // What cannot be set stays as it is: the packet goes further.
+        let _ = if v4 { s.set_ttl_v4(value) } else { s.set_unicast_hops_v6(value) };
+        self.hops = wanted;
+    }
+
     fn idle(&self) -> Option<Duration> {
         match self.kind {
             Kind::Udp(_) if self.dns.is_some() => Some(IDLE_SHORT),
@@ -124,7 +148,7 @@ impl Datagrams {
     pub fn forward(&mut self, c: &mut Common, socket: UdpSocket, to: SocketAddr) -> io::Result<u64> {
         let id = c.new_id();
         c.watch_level(socket.as_raw_fd(), id)?;
-        self.flows.insert(id, Flow { kind: Kind::Forward(to), socket, last: Instant::now(), dns: None });
+        self.flows.insert(id, Flow::new(Kind::Forward(to), socket));
         Ok(id)
     }
 
@@ -141,7 +165,7 @@ impl Datagrams {
             Kind::Echo(key, _) => drop(self.echo.insert(key, id)),
             Kind::Forward(_) => {}
         }
-        self.flows.insert(id, Flow { kind, socket, last: Instant::now(), dns: None });
+        self.flows.insert(id, Flow::new(kind, socket));
         Some(id)
     }
 
@@ -154,7 +178,7 @@ impl Datagrams {
     }
 
     /// A datagram of the guest.
-    pub fn udp(&mut self, c: &mut Common, from: SocketAddr, to: SocketAddr, data: &[u8]) {
+    pub fn udp(&mut self, c: &mut Common, from: SocketAddr, to: SocketAddr, hops: u8, data: &[u8]) {
         if from.port() == 0 || to.port() == 0 {
             return;
         }
@@ -167,14 +191,26 @@ impl Datagrams {
             let _ = f.socket.send_to(data, *peer);
             return;
         }
-        let Target::Host(real) = c.target(to) else { return };
+        let real = match c.target(to) {
+            Target::Host(real) => real,
+            Target::Refused => return failed(c, from, to, data, Trouble::Port, Some(to.ip())),
+            Target::Nowhere => return,
+        };
         let only = (real != to).then_some(to);
         let key = UdpKey { guest: from, only };
         let id = match self.udp.get(&key) {
             Some(&id) => id,
             None => {
-                let made = udp_socket(real, only.is_some());
-                let Some(id) = made.ok().and_then(|s| self.add(c, Kind::Udp(key), s)) else { return };
+                let socket = match udp_socket(real, only.is_some()) {
+                    Ok(s) => s,
+                    Err(e) => return lost(c, from, to, data, &e),
+                };
+                // A name server that fails is passed over.
+                if !c.is_dns(to.ip()) {
+                    // Without it the guest is not told, which is all that is lost.
+                    let _ = sys::keep_failures(socket.as_raw_fd(), real.is_ipv4());
+                }
+                let Some(id) = self.add(c, Kind::Udp(key), socket) else { return };
                 id
             }
         };
@@ -185,10 +221,51 @@ impl Datagrams {
             let asked = Asked { query: data.to_vec(), at: f.last, tries: 1 };
             f.dns = Some((server, (data.len() <= MOST_QUERY).then_some(asked)));
         }
-        let sent = if only.is_some() { f.socket.send(data) } else { f.socket.send_to(data, real) };
-        // Other losses are UDP's nature.
-        if sent.is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused) {
-            self.ask_next(c, id);
+        f.limit(hops, real.is_ipv4());
+        let send = |f: &Flow| {
+            let done = if only.is_some() { f.socket.send(data) } else { f.socket.send_to(data, real) };
+            done.err().filter(|e| e.kind() != ErrorKind::WouldBlock)
+        };
+        let Some(e) = send(f) else { return };
+        if f.dns.is_some() {
+            if e.kind() == ErrorKind::ConnectionRefused {
+                self.ask_next(c, id);
+            }
+            return;
+        }
+        // It may be a former datagram's failure that is told now, and once only.
+        self.failures(c, id);
+        if let Some(e) = self.flows.get(&id).and_then(send) {
+            lost(c, from, to, data, &e);
+        }
+    }
+
+    /// Tell the guest what became of datagrams of a socket.
+    fn failures(&mut self, c: &mut Common, id: u64) {
+        let Some(f) = self.flows.get(&id) else { return };
+        for _ in 0..FAILURES {
+            let Ok(found) = sys::take_failure(f.socket.as_raw_fd(), &mut self.buffer) else { return };
+            let Some(e) = found else { continue };
+            let v4 = e.to.is_ipv4();
+            let Some(what) = Trouble::of_host(v4, e.icmp, e.errno, e.info) else { continue };
+            match f.kind {
+                Kind::Udp(key) => {
+                    let to = key.only.unwrap_or(e.to);
+                    let by = match what {
+                        Trouble::Port => Some(to.ip()),
+                        _ => e.by,
+                    };
+                    failed(c, key.guest, to, &self.buffer, what, by);
+                }
+                Kind::Echo(key, _) => {
+                    let path = Path { from: [0; 6], to: [0; 6], src: key.guest, dst: key.far };
+                    if let Some(ident) = self.buffer.get_mut(4..6) {
+                        ident.copy_from_slice(&key.ident.to_be_bytes());
+                        icmp::report(c, &path, if v4 { ICMP } else { ICMP6 }, &self.buffer, what, e.by);
+                    }
+                }
+                Kind::Forward(_) => {}
+            }
         }
     }
 
@@ -214,7 +291,7 @@ impl Datagrams {
     }
 
     /// An echo request of the guest; other ICMP messages are not for us.
-    pub fn echo(&mut self, c: &mut Common, path: &Path, message: &[u8]) {
+    pub fn echo(&mut self, c: &mut Common, path: &Path, hops: u8, message: &[u8]) {
         let request = if path.src.is_ipv4() { 8 } else { 128 };
         let Some(&[kind, 0, _, _, i0, i1]) = message.first_chunk() else { return };
         if kind != request || message.len() < 8 || message.len() > MOST_BYTES - 20 {
@@ -235,7 +312,20 @@ impl Datagrams {
         let id = match self.echo.get(&key) {
             Some(&id) => id,
             None => {
-                let Ok((socket, raw)) = echo_socket(path.dst) else { return };
+                let (socket, raw) = match echo_socket(path.dst) {
+                    Ok(s) => s,
+                    Err(e) => {
+                        let what =
+                            Trouble::of_host(path.src.is_ipv4(), None, e.raw_os_error().unwrap_or(0), 0);
+                        let protocol = if path.src.is_ipv4() { ICMP } else { ICMP6 };
+                        // A host that allows no echoes is silent.
+                        if let Some(w @ (Trouble::Network | Trouble::Host)) = what {
+                            icmp::report(c, path, protocol, message, w, None);
+                        }
+                        return;
+                    }
+                };
+                let _ = sys::keep_failures(socket.as_raw_fd(), path.dst.is_ipv4());
                 let kind = Kind::Echo(key, raw.then(|| fastrand::u16(..)));
                 let Some(id) = self.add(c, kind, socket) else { return };
                 id
@@ -243,6 +333,7 @@ impl Datagrams {
         };
         if let Some(f) = self.flows.get_mut(&id) {
             f.last = Instant::now();
+            f.limit(hops, path.dst.is_ipv4());
             let mut m = message.to_vec();
             if let Kind::Echo(_, Some(ident)) = f.kind {
                 m[4..6].copy_from_slice(&ident.to_be_bytes());
@@ -251,12 +342,18 @@ impl Datagrams {
             m[2..4].fill(0);
             let sum = wire::checksum(&m);
             m[2..4].copy_from_slice(&sum.to_be_bytes());
-            let _ = f.socket.send(&m);
+            // The first may be told a former one's failure.
+            if f.socket.send(&m).is_err() {
+                let _ = f.socket.send(&m);
+            }
         }
     }
 
     /// Something came for a socket. False if `id` is none of ours.
-    pub fn ready(&mut self, c: &mut Common, id: u64) -> bool {
+    pub fn ready(&mut self, c: &mut Common, id: u64, failed: bool) -> bool {
+        if failed {
+            self.failures(c, id);
+        }
         let Some(f) = self.flows.get_mut(&id) else { return false };
         self.buffer.resize(MOST_BYTES, 0);
         for _ in 0..BATCH {
@@ -331,8 +428,30 @@ fn answer_echo(c: &mut Common, src: IpAddr, dst: IpAddr, message: &[u8]) {
     let Some(guest_mac) = c.guest_mac else { return };
     let path = Path { from: c.mac, to: guest_mac, src, dst };
     let frame = wire::icmp(&path, message);
-    // Echoes longer than the link carries would have come in fragments; their answers are not cut.
-    if frame.len() - wire::ETH <= usize::from(c.config.mtu) {
-        c.push(VnetHeader::default(), frame);
+    let mtu = usize::from(c.config.mtu);
+    if frame.len() - wire::ETH <= mtu {
+        return c.push(VnetHeader::default(), frame);
+    }
+    // A long question came in fragments, and its answer goes in such.
+    let protocol = if src.is_ipv4() { ICMP } else { ICMP6 };
+    let whole = &frame[frame.len() - message.len()..];
+    for part in wire::fragments(&path, protocol, whole, mtu, fastrand::u32(..)) {
+        c.push(VnetHeader::default(), part);
+    }
+}
+
+/// Tell the guest what became of a datagram.
+fn failed(c: &mut Common, from: SocketAddr, to: SocketAddr, data: &[u8], what: Trouble, by: Option<IpAddr>) {
+    let path = Path { from: [0; 6], to: [0; 6], src: from.ip(), dst: to.ip() };
+    let mut m = Vec::new();
+    wire::udp(&mut m, &path, (from.port(), to.port()), data, false);
+    let header = m.len() - data.len() - 8;
+    icmp::report(c, &path, UDP, &m[header..], what, by);
+}
+
+/// The same for a datagram that did not leave the host. Other losses are UDP's nature.
+fn lost(c: &mut Common, from: SocketAddr, to: SocketAddr, data: &[u8], e: &io::Error) {
+    if let Some(what) = Trouble::of_host(to.is_ipv4(), None, e.raw_os_error().unwrap_or(0), 0) {
+        failed(c, from, to, data, what, None);
     }
 }

@@ -41,5 +41,10 @@ pub fn answer(config: &UserConfig, request: &[u8]) -> Option<Answer> {
     if !config.search.is_empty() {
         m.put(option::SEARCH, &names(&config.search));
     }
-    Some(m.finish())
+    let mut answer = m.finish();
+    // A card takes what is sent to its address, whether or not that is known there yet (RFC 2131 section 4.1).
+    if answer.to.is_none() && !inform && !r.needs_broadcast() {
+        answer.to = Some(config.guest);
+    }
+    Some(answer)
 }

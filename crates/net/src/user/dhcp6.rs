@@ -63,6 +63,14 @@ mod tests {
         put(&mut far, IA_ADDRESS, &[0x20; 24]);
         let moved = answer(&config, &message(CONFIRM, &[(CLIENT_ID, b"me"), (IA_NA, &far)]), &MAC).unwrap();
         assert_eq!(value(&moved, STATUS).unwrap(), [0, 4]);
+        // Asked about no address there is nothing to say; what was had before and is another's network's is over.
+        assert!(answer(&config, &message(CONFIRM, &[(CLIENT_ID, b"me"), (IA_NA, &IA)]), &MAC).is_none());
+        let m = message(RENEW, &[(CLIENT_ID, b"me"), (SERVER_ID, &server), (IA_NA, &far)]);
+        let ia = value(&answer(&config, &m, &MAC).unwrap(), IA_NA).unwrap();
+        assert_eq!(
+            (&ia[16..32], &ia[44..60], &ia[60..68]),
+            (&config.guest6().octets()[..], &[0x20; 16][..], &[0; 8][..])
+        );
         let released = message(RELEASE, &[(CLIENT_ID, b"me"), (SERVER_ID, &server)]);
         assert_eq!(value(&answer(&config, &released, &MAC).unwrap(), STATUS).unwrap(), [0, 0]);
     }
@@ -71,6 +79,8 @@ mod tests {
     fn information_alone() {
         let told = answer(&UserConfig::default(), &message(INFORMATION_REQUEST, &[]), &MAC).unwrap();
         assert!(value(&told, IA_NA).is_none() && value(&told, DNS).is_some());
+        let both = message(INFORMATION_REQUEST, &[(CLIENT_ID, b"me"), (IA_NA, &IA)]);
+        assert!(answer(&UserConfig::default(), &both, &MAC).is_none());
         let restricted = UserConfig { restrict: true, ..UserConfig::default() };
         let told = answer(&restricted, &message(INFORMATION_REQUEST, &[]), &MAC).unwrap();
         assert!(value(&told, DNS).is_none());

@@ -44,6 +44,10 @@ impl Fragments {
             end: None,
             since: Instant::now(),
         });
+        // The same once more is no harm (RFC 8200 section 4.5).
+        if p.pieces.iter().any(|(a, d)| *a == at && d == data) {
+            return None;
+        }
         let overlaps = p.pieces.iter().any(|(a, d)| *a < end && at < a + d.len());
         let beyond = p.end.is_some_and(|e| end > e || !more)
             || (!more && p.pieces.iter().any(|(a, d)| a + d.len() > end));

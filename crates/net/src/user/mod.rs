@@ -8,6 +8,7 @@ mod datagram;
 mod dhcp;
 mod dhcp6;
 mod fragments;
+mod icmp;
 mod neighbours;
 mod output;
 mod stack;

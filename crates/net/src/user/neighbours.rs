@@ -5,9 +5,12 @@ use crate::VnetHeader;
 use crate::wire::{self, Mac, Path};
 use smoltcp::wire::{ArpHardware, ArpOperation, ArpPacket, EthernetProtocol};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 /// Seconds that what routers say holds.
 const LIFETIME: u32 = 1800;
+/// How often it is said without a question (RFC 4861 section 6.2.1), so that it does not run out.
+pub const INTERVAL: Duration = Duration::from_secs(450);
 
 /// Answer questions for the addresses that the host has in the guest's network.
 pub fn arp(c: &mut Common, packet: &[u8]) {
@@ -54,8 +57,9 @@ pub fn ndp(c: &mut Common, path: &Path, hops: u8, message: &[u8]) -> bool {
         return false;
     }
     // RFC 4861 section 7.1.1: from this link only, and whole.
-    let (IpAddr::V6(src), IpAddr::V6(_)) = (path.src, path.dst) else { return true };
-    if hops != 255 || code != 0 || !is_whole(path, message) {
+    let (IpAddr::V6(src), IpAddr::V6(dst)) = (path.src, path.dst) else { return true };
+    let fixed = if kind == 133 { 8 } else { 24 };
+    if hops != 255 || code != 0 || !is_whole(path, message) || !are_options(message.get(fixed..)) {
         return true;
     }
     let Some(guest_mac) = c.guest_mac else { return true };
@@ -66,6 +70,12 @@ pub fn ndp(c: &mut Common, path: &Path, hops: u8, message: &[u8]) -> bool {
             let Some(raw) = message.get(8..24) else { return true };
             let Ok(raw) = <[u8; 16]>::try_from(raw) else { return true };
             let wanted = Ipv6Addr::from(raw);
+            // Who has no address yet asks the group of those who could have it, and gives no address of its card.
+            let strange = src.is_unspecified()
+                && (!solicits(dst, wanted) || message.get(24..).is_some_and(|o| o.first() == Some(&1)));
+            if wanted.is_multicast() || strange {
+                return true;
+            }
             // A host that tries out an address of its own is not answered for others'.
             if [own, c.config.gateway6(), c.config.dns6()].contains(&wanted)
                 || c.config.host_alias == Some(wanted.into())
@@ -83,6 +93,29 @@ pub fn ndp(c: &mut Common, path: &Path, hops: u8, message: &[u8]) -> bool {
         _ => {}
     }
     true
+}
+
+/// Whether options fill what is behind the fixed part: none is empty (RFC 4861 section 4.6).
+fn are_options(rest: Option<&[u8]>) -> bool {
+    let Some(mut rest) = rest else { return false };
+    while let Some(&[_, len]) = rest.first_chunk() {
+        let Some(more) = rest.get(8 * usize::from(len)..).filter(|_| len > 0) else { return false };
+        rest = more;
+    }
+    rest.is_empty()
+}
+
+/// Whether `group` is where an address is asked for (RFC 4291 section 2.7.1).
+fn solicits(group: Ipv6Addr, address: Ipv6Addr) -> bool {
+    group.octets()[..13] == [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0xff]
+        && group.octets()[13..] == address.octets()[13..]
+}
+
+/// Say again to all what a router says, before it runs out.
+pub fn advertise_to_all(c: &mut Common) {
+    if c.config.ipv6 && c.guest_mac.is_some() {
+        advertise(c, None);
+    }
 }
 
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);

@@ -3,6 +3,7 @@
 use super::config::UserConfig;
 use super::datagram::Datagrams;
 use super::fragments::Fragments;
+use super::icmp::{self, Trouble};
 use super::output::Output;
 use super::tcp::Tcp;
 use super::tftp::Tftp;
@@ -51,6 +52,8 @@ pub struct Common {
     pub epoll: Arc<Epoll>,
     /// Wakes the poll thread for acknowledgements that wait.
     pub ack_timer: TimerFd,
+    /// Messages about the guest's packets that may still be sent before the next sweep.
+    pub troubles: u32,
     next_id: u64,
     /// The poll thread sleeps until then.
     pub sleeps_until: Option<Instant>,
@@ -66,7 +69,11 @@ impl Common {
 
     /// Have events of a descriptor reported, once each time something changes.
     pub fn watch(&self, fd: RawFd, id: u64) -> io::Result<()> {
-        let set = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let set = EventSet::IN
+            | EventSet::OUT
+            | EventSet::PRIORITY
+            | EventSet::READ_HANG_UP
+            | EventSet::EDGE_TRIGGERED;
         self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(set, id))
     }
 
@@ -117,7 +124,7 @@ impl Common {
         if fits {
             return self.push_as(header, frame, true);
         }
-        for part in wire::fragments(&path, &frame[headers - 8..], mtu, fastrand::u32(..)) {
+        for part in wire::fragments(&path, UDP, &frame[headers - 8..], mtu, fastrand::u32(..)) {
             self.push_as(VnetHeader::default(), part, true);
         }
     }
@@ -144,6 +151,11 @@ impl Common {
             IpAddr::V4(a) => a == self.config.dns,
             IpAddr::V6(a) => a == self.config.dns6(),
         }
+    }
+
+    /// Whether an address is the router's itself, by whatever name.
+    pub fn is_own(&self, a: IpAddr) -> bool {
+        a == self.gateway(a) || self.is_dns(a) || self.config.host_alias == Some(a)
     }
 
     /// Where a destination of the guest's leads.
@@ -212,6 +224,8 @@ pub struct Stack {
     pub listeners: Vec<(u64, Listener)>,
     fragments: Fragments,
     tftp: Tftp,
+    /// When the router was last heard by all.
+    advertised: Instant,
 }
 
 /// What one packet carries, IP headers removed.
@@ -220,6 +234,19 @@ struct Packet<'a> {
     protocol: u8,
     data: &'a [u8],
     hops: u8,
+}
+
+/// Pass over extension headers (RFC 8200 section 4): few, each at least 8 bytes. Routing headers are not for guests.
+fn headers6(mut protocol: u8, mut data: &[u8]) -> Option<(u8, &[u8])> {
+    for _ in 0..8 {
+        // Hop-by-hop and destination options.
+        if !matches!(protocol, 0 | 60) {
+            break;
+        }
+        let &[next, len] = data.first_chunk()?;
+        (protocol, data) = (next, data.get(8 + 8 * usize::from(len)..)?);
+    }
+    Some((protocol, data))
 }
 
 impl Stack {
@@ -243,6 +270,7 @@ impl Stack {
                 dump,
                 epoll,
                 ack_timer,
+                troubles: icmp::MOST,
                 next_id: 0,
                 sleeps_until: None,
                 wake: false,
@@ -252,6 +280,7 @@ impl Stack {
             listeners: Vec::new(),
             fragments: Fragments::default(),
             tftp: Tftp::default(),
+            advertised: Instant::now(),
         }
     }
 
@@ -301,7 +330,7 @@ impl Stack {
             checked = false;
         }
         let packet = Packet { path, protocol: p.next_header().into(), data, hops: p.hop_limit() };
-        if packet.protocol == UDP && self.dhcp(&packet) {
+        if packet.protocol == UDP && self.dhcp(&packet, checked) {
             return;
         }
         // What the guest may call itself; everything else is spoofed.
@@ -313,10 +342,13 @@ impl Stack {
     }
 
     /// DHCP comes from guests without an address. True if it was that.
-    fn dhcp(&mut self, packet: &Packet<'_>) -> bool {
+    fn dhcp(&mut self, packet: &Packet<'_>, checked: bool) -> bool {
         let Ok(udp) = UdpPacket::new_checked(packet.data) else { return false };
         if udp.dst_port() != 67 {
             return false;
+        }
+        if !checked && !udp.verify_checksum(&packet.path.src.into(), &packet.path.dst.into()) {
+            return true;
         }
         let c = &mut self.common;
         if let Some(a) = dhcp::answer(&c.config, udp.payload())
@@ -339,33 +371,28 @@ impl Stack {
         let path = Path { from: [0; 6], to: [0; 6], src: src.into(), dst: dst.into() };
         let (mut protocol, mut data) = (u8::from(p.next_header()), p.payload());
         let mut checked = header.checksum.is_some() || header.valid;
-        let whole;
-        // Extension headers (RFC 8200 section 4): few, each at least 8 bytes.
-        for _ in 0..8 {
-            match protocol {
-                // Hop-by-hop, destination options; routing headers are not for guests.
-                0 | 60 => {
-                    let Some(&[next, len]) = data.first_chunk() else { return };
-                    let Some(rest) = data.get(8 + 8 * usize::from(len)..) else { return };
-                    (protocol, data) = (next, rest);
-                }
-                _ => break,
-            }
-        }
+        let mut whole = None;
+        (protocol, data) = match headers6(protocol, data) {
+            Some(rest) => rest,
+            None => return,
+        };
         if protocol == 44 {
             let Some((h, rest)) = data.split_first_chunk::<8>() else { return };
             let at = u16::from_be_bytes([h[2], h[3]]);
             let key = (path.src, path.dst, u32::from_be_bytes([h[4], h[5], h[6], h[7]]), h[0]);
             let Some(d) = self.fragments.add(key, usize::from(at & !7), at & 1 != 0, rest) else { return };
-            whole = d;
-            (protocol, data) = (h[0], &whole);
             checked = false;
+            // Destination options may stand behind it, too.
+            match headers6(h[0], whole.insert(d)) {
+                Some(rest) => (protocol, data) = rest,
+                None => return,
+            }
         }
         let packet = Packet { path, protocol, data, hops: p.hop_limit() };
         if protocol == ICMP6 && neighbours::ndp(&mut self.common, &path, packet.hops, data) {
             return;
         }
-        if protocol == UDP && self.dhcp6(&packet) {
+        if protocol == UDP && self.dhcp6(&packet, checked) {
             return;
         }
         let c = &self.common.config;
@@ -376,15 +403,22 @@ impl Stack {
         self.packet(header, &packet, checked);
     }
 
-    fn dhcp6(&mut self, packet: &Packet<'_>) -> bool {
+    fn dhcp6(&mut self, packet: &Packet<'_>, checked: bool) -> bool {
         let Ok(udp) = UdpPacket::new_checked(packet.data) else { return false };
         if udp.dst_port() != 547 {
             return false;
         }
+        // Clients speak to all servers unless a server asks them not to, and ours does not (RFC 8415 section 16).
+        if !packet.path.dst.is_multicast()
+            || (!checked && !udp.verify_checksum(&packet.path.src.into(), &packet.path.dst.into()))
+        {
+            return true;
+        }
         let c = &mut self.common;
         if let Some(m) = dhcp6::answer(&c.config, udp.payload(), &c.mac) {
             let from = SocketAddr::new(neighbours::link_local(&c.mac).into(), 547);
-            c.push_udp(from, SocketAddr::new(packet.path.src, udp.src_port()), &m);
+            // Clients listen at this port, whatever they send from (RFC 8415 section 7.2).
+            c.push_udp(from, SocketAddr::new(packet.path.src, 546), &m);
         }
         true
     }
@@ -392,6 +426,10 @@ impl Stack {
     fn packet(&mut self, header: &VnetHeader, packet: &Packet<'_>, checked: bool) {
         let (path, data) = (&packet.path, packet.data);
         let ends = (path.src.into(), path.dst.into());
+        // It goes no further than to the router, which is where it has to be (RFC 1812 section 5.3.1).
+        if packet.hops <= 1 && may_leave(path.dst) && !self.common.is_own(path.dst) {
+            return icmp::report(&mut self.common, path, packet.protocol, data, Trouble::Expired, None);
+        }
         match packet.protocol {
             TCP => {
                 if let Ok(p) = TcpPacket::new_checked(data)
@@ -415,15 +453,20 @@ impl Stack {
                         Some((crate::GsoKind::Udp, size)) => {
                             let all = data.get(8..).unwrap_or_default();
                             for piece in all.chunks(size.into()) {
-                                self.datagrams.udp(&mut self.common, from, to, piece);
+                                self.datagrams.udp(&mut self.common, from, to, packet.hops, piece);
                             }
                         }
-                        _ => self.datagrams.udp(&mut self.common, from, to, p.payload()),
+                        _ => self.datagrams.udp(&mut self.common, from, to, packet.hops, p.payload()),
                     }
                 }
             }
-            ICMP if path.src.is_ipv4() => self.datagrams.echo(&mut self.common, path, data),
-            ICMP6 if path.src.is_ipv6() => self.datagrams.echo(&mut self.common, path, data),
+            ICMP | ICMP6 if path.src.is_ipv4() == (packet.protocol == ICMP) => {
+                if let Some((pair, mtu)) = icmp::too_big(path, data) {
+                    self.tcp.path_mtu(&mut self.common, pair, mtu);
+                } else {
+                    self.datagrams.echo(&mut self.common, path, packet.hops, data);
+                }
+            }
             _ => {}
         }
     }
@@ -435,7 +478,10 @@ impl Stack {
         let writable = broken || set.contains(EventSet::OUT);
         if let Some((_, Listener::Tcp(l, to))) = self.listeners.iter().find(|l| l.0 == id) {
             self.tcp.accept(&mut self.common, l, *to);
-        } else if !self.datagrams.ready(&mut self.common, id) {
+        } else if !self.datagrams.ready(&mut self.common, id, set.contains(EventSet::ERROR)) {
+            if set.contains(EventSet::PRIORITY) {
+                self.tcp.urgent(id);
+            }
             self.tcp.ready(&mut self.common, id, readable, writable);
         }
     }
@@ -447,6 +493,11 @@ impl Stack {
             if let Listener::Tcp(l, to) = l {
                 self.tcp.accept(&mut self.common, l, *to);
             }
+        }
+        self.common.troubles = icmp::MOST;
+        if now.saturating_duration_since(self.advertised) >= neighbours::INTERVAL {
+            self.advertised = now;
+            neighbours::advertise_to_all(&mut self.common);
         }
         self.tcp.sweep(now);
         self.datagrams.tick(&mut self.common, now);

@@ -3,7 +3,7 @@
 use super::stack::Common;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 pub const PORT: u16 = 69;
 /// Transfers at once.
 const MOST: usize = 64;
-/// How long an answer may take, and how often it is asked for again.
+/// How long an answer may take unless the guest says so, and how often it is asked for again.
 const PATIENCE: Duration = Duration::from_secs(1);
 const TRIES: u32 = 8;
 /// Bytes of a block when nothing is said.
@@ -40,8 +40,45 @@ const BAD_OPTIONS: u16 = 8;
 /// The guest's end, and our port.
 type Key = (SocketAddr, SocketAddr);
 
+/// Longest file that is sent as text: it is translated as a whole.
+const MOST_TEXT: u64 = 4 << 20;
+
+/// What is sent: the file, or it as text.
+enum Content {
+    File(File),
+    Text(Vec<u8>),
+}
+
+impl Content {
+    fn read_exact_at(&self, out: &mut [u8], at: u64) -> io::Result<()> {
+        match self {
+            Content::File(f) => f.read_exact_at(out, at),
+            Content::Text(t) => {
+                let piece = t.get(at as usize..).and_then(|t| t.get(..out.len()));
+                out.copy_from_slice(piece.ok_or(io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The host's text as the network has it (RFC 764): lines end with CR and LF, and a CR that ends none is followed by a zero byte.
+fn netascii(file: File) -> io::Result<Vec<u8>> {
+    let mut raw = Vec::new();
+    file.take(MOST_TEXT).read_to_end(&mut raw)?;
+    let mut out = Vec::with_capacity(raw.len() + raw.len() / 16);
+    for b in raw {
+        match b {
+            b'\n' => out.extend(b"\r\n"),
+            b'\r' => out.extend(b"\r\0"),
+            _ => out.push(b),
+        }
+    }
+    Ok(out)
+}
+
 struct Transfer {
-    file: File,
+    content: Content,
     size: u64,
     block: usize,
     window: u64,
@@ -50,6 +87,7 @@ struct Transfer {
     /// The answer to its options, until it is acknowledged.
     options: Option<Vec<u8>>,
     last: Instant,
+    patience: Duration,
     tries: u32,
 }
 
@@ -73,7 +111,7 @@ impl Transfer {
             message[..2].copy_from_slice(&DATA.to_be_bytes());
             // Numbers of long files begin anew after 65,535.
             message[2..4].copy_from_slice(&(n as u16).to_be_bytes());
-            self.file.read_exact_at(&mut message[4..4 + len], at)?;
+            self.content.read_exact_at(&mut message[4..4 + len], at)?;
             c.push_udp(key.1, key.0, &message[..4 + len]);
         }
         Ok(())
@@ -89,18 +127,20 @@ pub struct Tftp {
 /// What a request says (RFC 2347: strings that end with a zero byte, names and values by turns).
 struct Request<'a> {
     name: &'a [u8],
+    /// Lines end as the network has it.
+    text: bool,
     options: Vec<(String, &'a str)>,
 }
 
-fn parse(text: &[u8]) -> Option<Request<'_>> {
-    if text.len() > MOST_REQUEST {
+fn parse(raw: &[u8]) -> Option<Request<'_>> {
+    if raw.len() > MOST_REQUEST {
         return None;
     }
-    let mut parts = text.strip_suffix(&[0])?.split(|&b| b == 0);
+    let mut parts = raw.strip_suffix(&[0])?.split(|&b| b == 0);
     let name = parts.next().filter(|n| !n.is_empty())?;
     let mode = parts.next()?;
-    // Text that has other ends of lines elsewhere is sent as it is.
-    if !mode.eq_ignore_ascii_case(b"octet") && !mode.eq_ignore_ascii_case(b"netascii") {
+    let text = mode.eq_ignore_ascii_case(b"netascii");
+    if !text && !mode.eq_ignore_ascii_case(b"octet") {
         return None;
     }
     let mut options = Vec::new();
@@ -110,7 +150,7 @@ fn parse(text: &[u8]) -> Option<Request<'_>> {
         };
         options.push((key.to_ascii_lowercase(), value));
     }
-    Some(Request { name, options })
+    Some(Request { name, text, options })
 }
 
 fn error(c: &mut Common, key: &Key, code: u16, text: &str) {
@@ -180,10 +220,21 @@ impl Tftp {
             }
             Err(_) => return error(c, &key, REFUSED, "may not be read"),
         };
-        let Ok(size) = file.metadata().map(|m| m.len()) else { return };
+        let Ok(mut size) = file.metadata().map(|m| m.len()) else { return };
+        let content = if r.text {
+            if size > MOST_TEXT {
+                return error(c, &key, REFUSED, "too long for text: ask in mode octet");
+            }
+            let Ok(text) = netascii(file) else { return error(c, &key, REFUSED, "may not be read") };
+            size = text.len() as u64;
+            Content::Text(text)
+        } else {
+            Content::File(file)
+        };
         let headers = if guest.is_ipv4() { 32 } else { 52 };
         let most = usize::from(c.config.mtu).saturating_sub(headers);
         let (mut block, mut window) = (BLOCK.min(most), 1);
+        let mut patience = PATIENCE;
         let mut answer = Vec::new();
         let mut agree = |key: &str, value: u64| {
             answer.extend_from_slice(format!("{key}\0{value}\0").as_bytes());
@@ -201,8 +252,10 @@ impl Tftp {
                     window = n.min(MOST_WINDOW);
                     agree("windowsize", window);
                 }
-                // Our own patience is shorter than what may be asked for.
-                ("timeout", 1..=255) => agree("timeout", n),
+                ("timeout", 1..=255) => {
+                    patience = Duration::from_secs(n);
+                    agree("timeout", n);
+                }
                 _ => {}
             }
         }
@@ -212,7 +265,17 @@ impl Tftp {
         {
             self.transfers.remove(&oldest);
         }
-        let mut t = Transfer { file, size, block, window, have: 0, options, last: Instant::now(), tries: 0 };
+        let mut t = Transfer {
+            content,
+            size,
+            block,
+            window,
+            have: 0,
+            options,
+            last: Instant::now(),
+            patience,
+            tries: 0,
+        };
         if t.send(c, &key).is_ok() {
             self.transfers.insert(key, t);
         }
@@ -221,7 +284,7 @@ impl Tftp {
     /// Send again what was not answered.
     pub fn tick(&mut self, c: &mut Common, now: Instant) {
         self.transfers.retain(|key, t| {
-            if now.saturating_duration_since(t.last) < PATIENCE {
+            if now.saturating_duration_since(t.last) < t.patience {
                 return true;
             }
             t.tries += 1;
@@ -237,7 +300,8 @@ mod tests {
     #[test]
     fn requests() {
         let r = parse(b"a/b\0octet\0BLKSIZE\x001400\0tsize\x000\0").unwrap();
-        assert_eq!(r.name, b"a/b");
+        assert_eq!((r.name, r.text), (&b"a/b"[..], false));
+        assert!(parse(b"a\0NetASCII\0").unwrap().text);
         assert_eq!(r.options, [("blksize".into(), "1400"), ("tsize".into(), "0")]);
         for bad in [&b""[..], b"\0", b"a\0", b"a\0octet", b"\0octet\0", b"a\0mail\0", b"a\0octet\0key\0"] {
             assert!(parse(bad).is_none(), "{bad:?}");

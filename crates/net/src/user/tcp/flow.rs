@@ -18,6 +18,7 @@ pub const SYN: u8 = 2;
 pub const RST: u8 = 4;
 pub const PSH: u8 = 8;
 pub const ACK: u8 = 16;
+pub const URG: u8 = 32;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 /// How far a connection is.
@@ -66,6 +67,9 @@ pub struct Flow {
     pub delayed: Option<Instant>,
     /// The host may have data, as far as known.
     pub readable: bool,
+    /// The host has an urgent byte on its way; the number behind one that is in `buf`.
+    pub urgent_comes: bool,
+    pub urgent: Option<u32>,
     pub deadline: Option<Instant>,
     /// Where its entry in the timers stands.
     pub queued: Option<Instant>,
@@ -85,6 +89,8 @@ pub struct Segment<'a> {
     pub window: u16,
     pub mss: Option<u16>,
     pub scale: Option<u8>,
+    /// How many bytes from `seq` on there are up to behind the urgent one.
+    pub urgent: Option<u16>,
     pub data: &'a [u8],
 }
 
@@ -114,6 +120,7 @@ pub fn parse<'a>(p: &TcpPacket<&'a [u8]>) -> Option<Segment<'a>> {
         window: p.window_len(),
         mss,
         scale,
+        urgent: p.urg().then(|| p.urgent_at()),
         data: p.payload(),
     })
 }
@@ -147,6 +154,8 @@ impl Flow {
             unacknowledged: 0,
             delayed: None,
             readable: false,
+            urgent_comes: false,
+            urgent: None,
             deadline: None,
             queued: None,
             blocked: false,
@@ -160,7 +169,9 @@ impl Flow {
     pub fn meet(&mut self, s: &Segment<'_>, mtu: usize) {
         let headers = if self.pair.guest.is_ipv6() { 60 } else { 40 };
         let most = mtu.saturating_sub(headers).max(536);
-        self.mss = usize::from(s.mss.unwrap_or(536)).clamp(64, most);
+        // RFC 9293 section 3.7.1.
+        let silent = if self.pair.guest.is_ipv6() { 1220 } else { 536 };
+        self.mss = usize::from(s.mss.unwrap_or(silent)).clamp(64, most);
         self.window = usize::from(s.window);
         (self.scale, self.our_scale) = s.scale.map_or((0, 0), |v| (v, SCALE));
         self.next = s.seq.wrapping_add(1);
@@ -212,6 +223,11 @@ impl Flow {
         }
         header[12] = (((20 + options.len()) / 4) << 4) as u8;
         header[13] = flags;
+        // Up to behind the urgent byte (RFC 6093 section 3.1).
+        if let Some(n) = self.urgent.map(|u| u.wrapping_sub(seq)).filter(|n| (1..=0xffff).contains(n)) {
+            header[13] |= URG;
+            header[18..20].copy_from_slice(&(n as u16).to_be_bytes());
+        }
         header[14..16].copy_from_slice(&(window as u16).to_be_bytes());
         frame.extend_from_slice(&header);
         frame.extend_from_slice(options);
@@ -257,12 +273,17 @@ impl Flow {
         let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
     }
 
-    /// Give the host what it takes. An error ends the connection.
-    pub fn give_host(&mut self, data: &[u8]) -> io::Result<usize> {
+    /// Give the host what it takes; the byte at `urgent`, if any, out of band. An error ends the connection.
+    pub fn give_host(&mut self, data: &[u8], urgent: Option<usize>) -> io::Result<usize> {
         let mut taken = 0;
         if self.to_host.is_empty() {
             while taken < data.len() {
-                match self.stream.write(&data[taken..]) {
+                let written = match urgent {
+                    Some(at) if at == taken => SockRef::from(&self.stream).send_out_of_band(&data[at..=at]),
+                    Some(at) if at > taken => self.stream.write(&data[taken..at]),
+                    _ => self.stream.write(&data[taken..]),
+                };
+                match written {
                     Ok(0) => break,
                     Ok(n) => taken += n,
                     Err(e) if e.kind() == ErrorKind::WouldBlock => break,

@@ -8,6 +8,7 @@ mod receive;
 mod ring;
 mod send;
 
+use super::icmp::{self, Trouble};
 use super::stack::{Common, Target};
 use crate::wire::Path;
 use flow::{ACK, Flow, Phase, RST, SYN, Segment, parse, reset};
@@ -117,10 +118,29 @@ fn connect(to: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Both are wishes that need not be granted.
+/// These are wishes that need not be granted.
 fn settle(stream: &TcpStream) {
     let _ = stream.set_nodelay(true);
     let _ = SockRef::from(stream).set_keepalive(true);
+    // Urgent bytes stay in their place, or they would be lost (RFC 6093).
+    let _ = SockRef::from(stream).set_out_of_band_inline(true);
+}
+
+/// What a router would say of an attempt that failed because nobody was reached.
+fn unreachable(e: &io::Error) -> Option<Trouble> {
+    Trouble::of_host(true, None, e.raw_os_error()?, 0)
+        .filter(|w| matches!(w, Trouble::Network | Trouble::Host))
+}
+
+/// Say it of the SYN with this number.
+fn report(c: &mut Common, pair: Pair, number: u32, what: Trouble) {
+    let path = Path { from: [0; 6], to: [0; 6], src: pair.guest.ip(), dst: pair.far.ip() };
+    let mut syn = [0; 20];
+    syn[..2].copy_from_slice(&pair.guest.port().to_be_bytes());
+    syn[2..4].copy_from_slice(&pair.far.port().to_be_bytes());
+    syn[4..8].copy_from_slice(&number.to_be_bytes());
+    (syn[12], syn[13]) = (0x50, SYN);
+    icmp::report(c, &path, crate::wire::TCP, &syn, what, None);
 }
 
 impl Tcp {
@@ -151,7 +171,15 @@ impl Tcp {
         if self.opening >= MOST_OPENING || (self.flows.len() >= MOST && !self.give_up_idle(c)) {
             return reset(c, pair, s);
         }
-        let Ok(stream) = connect(to) else { return reset(c, pair, s) };
+        let stream = match connect(to) {
+            Ok(s) => s,
+            Err(e) => {
+                return match unreachable(&e) {
+                    Some(what) => report(c, pair, s.seq, what),
+                    None => reset(c, pair, s),
+                };
+            }
+        };
         let mut flow = Flow::new(pair, stream, Phase::Connecting, self.numbers.first(&pair), Instant::now());
         flow.meet(s, c.config.mtu.into());
         self.add(c, flow);
@@ -257,6 +285,30 @@ impl Tcp {
         }
     }
 
+    /// The host's end has an urgent byte on its way.
+    pub fn urgent(&mut self, id: u64) {
+        if let Some(f) = self.flows.get_mut(&id) {
+            f.urgent_comes = true;
+        }
+    }
+
+    /// Somebody behind the guest takes packets of a connection of at most `mtu` bytes (RFC 1191, RFC 8201).
+    pub fn path_mtu(&mut self, c: &mut Common, pair: Pair, mtu: usize) {
+        let Some(&id) = self.by_pair.get(&pair) else { return };
+        let Some(f) = self.flows.get_mut(&id) else { return };
+        // Nobody may make segments smaller than all take, or larger than they are.
+        let (least, headers) = if pair.guest.is_ipv4() { (576, 40) } else { (1280, 60) };
+        let mss = mtu.max(least) - headers;
+        if mss < f.mss {
+            f.mss = mss;
+            if f.phase == Phase::Open && f.sent > 0 {
+                // What was lost goes again, in smaller pieces.
+                f.sent = 0;
+                self.pump(c, id);
+            }
+        }
+    }
+
     /// Number of connections.
     #[cfg(test)]
     pub fn len(&self) -> usize {
@@ -315,13 +367,19 @@ impl Tcp {
             if !writable && !readable {
                 return;
             }
-            let failed = !matches!(f.stream.take_error(), Ok(None));
-            if failed {
+            let failed = f.stream.take_error();
+            if !matches!(failed, Ok(None)) {
                 if c.is_dns(f.pair.far.ip())
                     && let Some(server) = c.resolver.address()
                 {
                     // The guest asks again.
                     c.resolver.failed(server);
+                }
+                if let Ok(Some(e)) = failed
+                    && let Some(what) = unreachable(&e)
+                {
+                    report(c, f.pair, f.next.wrapping_sub(1), what);
+                    return self.remove(id);
                 }
                 return self.fail(c, id);
             }

@@ -128,7 +128,9 @@ impl Tcp {
         let fresh = &s.data[old..];
         f.room = room(self.held);
         let before = f.to_host.len();
-        let taken = match f.give_host(fresh) {
+        let urgent =
+            s.urgent.and_then(|u| usize::from(u).checked_sub(old + 1)).filter(|at| *at < fresh.len());
+        let taken = match f.give_host(fresh, urgent) {
             Ok(n) => n,
             // Nobody reads what the guest sends; what the host sent before may still be read, but a reset loses it as well.
             Err(_) => {

@@ -2,11 +2,13 @@
 
 use super::flow::{ACK, FIN, Flow, PSH, Phase};
 use super::{FULL, MOST_PAYLOAD, MOST_TRIES, RTO, SEND_ROOM, SEND_ROOM_TIGHT, SHARE, TIGHT, Tcp};
+use crate::sys::at_mark;
 use crate::user::stack::Common;
 use ringfort_bus::lock;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd as _;
 use std::time::Instant;
 
 impl Tcp {
@@ -54,6 +56,11 @@ impl Tcp {
             let room = limit.saturating_sub(f.buf.len());
             if f.readable && !f.host_eof && open > 0 && room > 0 {
                 let want = chunk.min(open).min(room);
+                // A read ends before the urgent byte, and the next begins with it.
+                if f.urgent_comes && at_mark(f.stream.as_raw_fd()) {
+                    f.urgent_comes = false;
+                    f.urgent = Some(f.una.wrapping_add(f.buf.len() as u32 + 1));
+                }
                 match f.buf.read_from(&mut f.stream, want) {
                     Ok(0) => f.host_eof = true,
                     Ok(n) => {

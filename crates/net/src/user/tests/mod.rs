@@ -2,6 +2,7 @@
 
 mod raw;
 mod services;
+mod trouble;
 
 use super::*;
 use crate::resolver::Resolver;
@@ -528,7 +529,7 @@ fn long_datagrams_come_and_go_in_fragments() {
     let path = wire::Path { from: MAC, to: stack::GATEWAY_MAC, src: from.ip(), dst: to.ip() };
     let mut whole = Vec::new();
     wire::udp(&mut whole, &path, (from.port(), to.port()), &data, false);
-    let frames: Vec<Vec<u8>> = wire::fragments(&path, &whole[wire::ETH + 20..], 1500, 7).collect();
+    let frames: Vec<Vec<u8>> = wire::fragments(&path, wire::UDP, &whole[wire::ETH + 20..], 1500, 7).collect();
     assert!(frames.len() > 13 && frames.iter().all(|f| f.len() <= 1514));
     // In any order.
     for f in frames.iter().rev() {

@@ -2,12 +2,13 @@
 
 use super::*;
 use smoltcp::wire::{EthernetFrame, Ipv4Packet, TcpPacket};
+use socket2::SockRef;
 
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 
-struct Hand {
-    net: UserNet,
-    bell: Receiver<()>,
+pub struct Hand {
+    pub net: UserNet,
+    pub bell: Receiver<()>,
 }
 
 /// What a segment says.
@@ -17,6 +18,8 @@ struct Segment {
     seq: u32,
     ack: u32,
     flags: u8,
+    /// The byte that is urgent.
+    urgent: Option<u8>,
     data: Vec<u8>,
 }
 
@@ -24,9 +27,10 @@ const FIN: u8 = 1;
 const SYN: u8 = 2;
 const RST: u8 = 4;
 const ACK: u8 = 16;
+const URG: u8 = 32;
 
 impl Hand {
-    fn new(config: UserConfig) -> Hand {
+    pub fn new(config: UserConfig) -> Hand {
         let net = UserNet::new(config, Some(MacAddr::new(MAC).expect("an address"))).expect("network");
         let (ring, bell) = channel();
         net.attach(Arc::new(Bell(Mutex::new(ring))));
@@ -34,6 +38,10 @@ impl Hand {
     }
 
     fn send(&self, ports: (u16, u16), seq: u32, ack: u32, flags: u8, data: &[u8]) {
+        self.send_urgent(ports, seq, ack, flags, 0, data);
+    }
+
+    fn send_urgent(&self, ports: (u16, u16), seq: u32, ack: u32, flags: u8, urgent: u16, data: &[u8]) {
         let path = wire::Path {
             from: MAC,
             to: stack::GATEWAY_MAC,
@@ -46,7 +54,8 @@ impl Hand {
         f.extend_from_slice(&ports.1.to_be_bytes());
         f.extend_from_slice(&seq.to_be_bytes());
         f.extend_from_slice(&ack.to_be_bytes());
-        f.extend_from_slice(&[0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+        f.extend_from_slice(&[0x50, flags, 0xff, 0xff, 0, 0]);
+        f.extend_from_slice(&urgent.to_be_bytes());
         f.extend_from_slice(data);
         wire::finish(&mut f, &path, wire::TCP, start, 16, false);
         assert_eq!(self.net.send(0, &VnetHeader::default(), &f), Sent::Done);
@@ -72,6 +81,11 @@ impl Hand {
                 seq: t.seq_number().0 as u32,
                 ack: if t.ack() { t.ack_number().0 as u32 } else { 0 },
                 flags: flag(t.fin(), FIN) | flag(t.syn(), SYN) | flag(t.rst(), RST) | flag(t.ack(), ACK),
+                urgent: t
+                    .payload()
+                    .get(usize::from(t.urgent_at()).wrapping_sub(1))
+                    .filter(|_| t.urg())
+                    .copied(),
                 data: t.payload().to_vec(),
             };
         }
@@ -185,4 +199,97 @@ fn little_data_is_acknowledged_by_the_answer_or_a_little_later() {
     assert!(sent.elapsed() >= Duration::from_millis(5));
     hand.send(ports, 10, next, ACK, &[1; 1460]);
     assert_eq!(hand.next().ack, 1470);
+}
+
+impl Hand {
+    /// A connection of a client's by a forwarded port: the ports, and the next numbers of both ends.
+    fn connected(&self, at: SocketAddr) -> (TcpStream, (u16, u16), u32, u32) {
+        let c = TcpStream::connect(at).expect("connect");
+        let syn = self.next();
+        let (ports, next) = ((22, syn.ports.0), syn.seq.wrapping_add(1));
+        self.send(ports, 7, next, SYN | ACK, b"");
+        assert_eq!(self.next().flags, ACK);
+        (c, ports, 8, next)
+    }
+}
+
+/// RFC 6093: an urgent byte keeps its place in the stream, and whoever wants may know of it.
+#[test]
+fn urgent_bytes_are_urgent_at_the_other_end_and_in_their_place() {
+    let (hand, at) = forwarded();
+    let (mut c, ports, seq, ack) = hand.connected(at);
+    SockRef::from(&c).set_out_of_band_inline(false).expect("an option");
+    hand.send_urgent(ports, seq, ack, ACK | URG, 3, b"ab!cd");
+    let mut got = [0; 2];
+    c.read_exact(&mut got).expect("data");
+    assert_eq!(&got, b"ab");
+    let end = Instant::now() + PATIENCE;
+    while SockRef::from(&c).recv_out_of_band(&mut [std::mem::MaybeUninit::new(0)]).is_err() {
+        assert!(Instant::now() < end, "the urgent byte stands apart");
+        std::thread::yield_now();
+    }
+    c.read_exact(&mut got).expect("data");
+    assert_eq!(&got, b"cd");
+    // The other way.
+    c.write_all(b"wx").expect("write");
+    SockRef::from(&c).send_out_of_band(b"?").expect("write");
+    c.write_all(b"yz").expect("write");
+    let (mut data, mut urgent) = (Vec::new(), None);
+    let mut seq_expected = ack;
+    while data.len() < 5 {
+        let s = hand.next();
+        assert_eq!(s.seq, seq_expected);
+        seq_expected = s.seq.wrapping_add(s.data.len() as u32);
+        urgent = urgent.or(s.urgent);
+        data.extend(s.data);
+        hand.send(ports, seq + 5, seq_expected, ACK, b"");
+    }
+    assert_eq!((&data[..], urgent), (&b"wx?yz"[..], Some(b'?')));
+}
+
+/// RFC 1191: somebody behind the guest has a shorter link.
+#[test]
+fn segments_become_as_short_as_the_path_wants() {
+    let (hand, at) = forwarded();
+    let mut c = TcpStream::connect(at).expect("connect");
+    let syn = hand.next();
+    let (ports, ack) = ((22u16, syn.ports.0), syn.seq.wrapping_add(1));
+    // An option with a segment size of 1460 makes the header longer: it is sent by hand.
+    let path = wire::Path {
+        from: MAC,
+        to: stack::GATEWAY_MAC,
+        src: GUEST.into(),
+        dst: Ipv4Addr::new(10, 0, 2, 2).into(),
+    };
+    let mut f = Vec::new();
+    let start = wire::ip(&mut f, &path, wire::TCP, 24);
+    f.extend([ports.0.to_be_bytes(), ports.1.to_be_bytes()].concat());
+    f.extend([7u32.to_be_bytes(), ack.to_be_bytes()].concat());
+    f.extend([0x60, SYN | ACK, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 5, 180]);
+    wire::finish(&mut f, &path, wire::TCP, start, 16, false);
+    let put = |f: &[u8]| assert_eq!(hand.net.send(0, &VnetHeader::default(), f), Sent::Done);
+    put(&f);
+    assert_eq!(hand.next().flags, ACK);
+    c.write_all(&[1; 1460]).expect("write");
+    let first = hand.next();
+    assert_eq!((first.seq, first.data.len()), (ack, 1460));
+    let told = |mtu: u16, port: u16| {
+        let mut m = vec![3, 4, 0, 0, 0, 0];
+        m.extend(mtu.to_be_bytes());
+        m.extend([0x45, 0, 5, 220, 0, 0, 0x40, 0, 64, 6, 0, 0, 10, 0, 2, 2, 10, 0, 2, 15]);
+        m.extend([port.to_be_bytes(), 22u16.to_be_bytes()].concat());
+        m.extend(ack.to_be_bytes());
+        put(&wire::icmp(&path, &m));
+    };
+    // Of another connection: nothing happens. Then shorter than anybody's, and the rest in such pieces.
+    told(1000, ports.1 ^ 1);
+    told(300, ports.1);
+    let pieces: Vec<(u32, usize)> = std::iter::repeat_with(|| hand.next())
+        .map(|s| (s.seq.wrapping_sub(ack), s.data.len()))
+        .take_while(|(at, n)| at + (*n as u32) < 1460)
+        .collect();
+    assert_eq!(pieces, [(0, 536), (536, 536)]);
+    hand.send(ports, 8, ack.wrapping_add(1460), ACK, b"");
+    c.write_all(&[2; 600]).expect("write");
+    assert_eq!(hand.next().data.len(), 536);
 }

@@ -64,6 +64,7 @@ fn files_of_a_folder_are_served_and_no_others() {
     std::fs::create_dir_all(root.0.join("pub/sub")).expect("folders");
     std::fs::write(root.0.join("pub/sub/kernel"), &file).expect("file");
     std::fs::write(root.0.join("pub/even"), &file[..1024]).expect("file");
+    std::fs::write(root.0.join("pub/text"), b"a\nb\rc\n\0").expect("file");
     std::fs::write(root.0.join("secret"), b"x").expect("file");
     std::os::unix::fs::symlink("../secret", root.0.join("pub/link")).expect("link");
     std::os::unix::fs::symlink("sub/kernel", root.0.join("pub/inner")).expect("link");
@@ -108,6 +109,15 @@ fn files_of_a_folder_are_served_and_no_others() {
         }
     }
     assert!(got == file);
+
+    // As text, with the network's ends of lines.
+    give(&mut g, h, (GATEWAY, 69), b"\0\x01text\0netascii\0tsize\x000\0timeout\x003\0");
+    let (m, port) = take(&mut g, h);
+    assert_eq!(m, b"\0\x06tsize\x0010\0timeout\x003\0");
+    give(&mut g, h, (GATEWAY, port), &[0, 4, 0, 0]);
+    let (m, port) = take(&mut g, h);
+    assert_eq!(m, b"\0\x03\0\x01a\r\nb\r\0c\r\n\0");
+    give(&mut g, h, (GATEWAY, port), &[0, 4, 0, 1]);
 
     for (request, code) in [
         (&b"\0\x01missing\0octet\0"[..], 1),
