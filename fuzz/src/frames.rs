@@ -71,7 +71,7 @@ pub fn net_frames(data: &[u8]) {
     // In front of a network: what is not from the card's own address does not pass.
     let limit = Limit {
         bytes: None,
-        packets: (options & 1 != 0).then(|| Rate { per_second: 1 << 40, burst: 1 << 40 }),
+        packets: (options & 1 != 0).then_some(Rate { per_second: 1 << 40, burst: 1 << 40 }),
     };
     let config = GuardConfig { tx: limit, rx: limit, mac: true };
     let guard = Guard::new(network(), &config, MacAddr::new(MAC).expect("unicast")).expect("a guard");
