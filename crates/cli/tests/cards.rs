@@ -282,3 +282,28 @@ fn a_driver_finds_all_that_the_card_has_and_goes_on_elsewhere() {
     assert!(counter("net0_queue0_rx_dropped") + counter("net0_queue1_rx_dropped") >= 200, "{counted}");
     assert!(counter("net1_tx_held") > 10 && counter("net1_spoofed") > 1, "{counted}");
 }
+
+/// What its driver asks of the card at `ethtool -t`: registers, EEPROM, interrupts, frames that come back, the link.
+#[test]
+fn intels_card_passes_the_test_of_its_driver() {
+    let _turn = one_at_a_time();
+    let scratch = Scratch::new("intel");
+    let modules = ["ptp", "pps_core", "e1000e"];
+    let (kernel, initrd) = match full_kernel(&scratch, &test_guest().initrd, &modules) {
+        Ok(found) => found,
+        Err(e) => {
+            eprintln!("skipped: Debian's kernel with drivers for real cards: {e}");
+            return;
+        }
+    };
+    let initrd = with_packages(&initrd, &["ethtool"], &scratch);
+    let options = ["--memory", "256M", "--net", "user,model=e1000e"];
+    let mut g = Guest::run(&run_args("soft", &kernel, &initrd, &test_guest().cmdline, &options));
+    g.expect(TEST_PROMPT);
+    g.shell("export PATH=$PATH:/sbin:/usr/sbin; ip link set eth0 up");
+    g.shell("until ethtool eth0 | grep -q 'Link detected: yes'; do sleep 0.1; done");
+    let said = g.shell("ethtool -t eth0 offline; true");
+    assert!(said.contains("The test result is PASS"), "{said}");
+    g.send("poweroff -f\n");
+    assert!(g.wait().success());
+}

@@ -116,6 +116,8 @@ struct Inner {
     /// A frame, and whether it waits for the driver's buffers.
     inbox: Vec<u8>,
     inbox_full: bool,
+    /// Frames of its own that come back to it.
+    looped: VecDeque<Vec<u8>>,
     scratch: Vec<u8>,
     toeplitz: OnceLock<Toeplitz>,
     /// The cable is plugged in.
@@ -228,6 +230,7 @@ impl E1000e {
             outbox: VecDeque::new(),
             inbox: Vec::new(),
             inbox_full: false,
+            looped: VecDeque::new(),
             scratch: Vec::new(),
             toeplitz: OnceLock::new(),
             link: true,
@@ -362,12 +365,24 @@ impl Inner {
         self.set(low + 4, (value >> 32) as u32);
     }
 
+    /// Whether what it sends comes back to it.
+    fn loops(&self) -> bool {
+        self.get(regs::RCTL) >> regs::RCTL_LOOPBACK_SHIFT & 3 == 1 || self.phy.loops()
+    }
+
+    /// Count a frame of `len` bytes, its check sequence included, among those of its length; `first` is the counter of the shortest.
+    fn count_length(&mut self, first: u32, len: usize) {
+        let class = [64, 127, 255, 511, 1023].iter().take_while(|most| len > **most).count();
+        self.count(first + 4 * class as u32, 1);
+    }
+
     /// The state after power-on or a reset by the driver; the cable stays as it is.
     fn reset(&mut self) {
         self.regs.fill(0);
         self.tx = Default::default();
         self.outbox.clear();
         self.inbox_full = false;
+        self.looped.clear();
         self.toeplitz = OnceLock::new();
         self.io_address = 0;
         self.told = 0;
@@ -506,7 +521,7 @@ impl Inner {
                 _ => {}
             }
         }
-        self.set(at, value);
+        self.set(at, value & regs::bits(at));
         if (RSSRK..RSSRK + 40).contains(&at) {
             self.toeplitz = OnceLock::new();
         }

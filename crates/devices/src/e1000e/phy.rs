@@ -108,6 +108,11 @@ impl Phy {
         }
     }
 
+    /// Whether what is sent comes back (IEEE 802.3 section 22.2.4.1.2).
+    pub fn loops(&self) -> bool {
+        self.regs[BMCR] & 1 << 14 != 0
+    }
+
     fn slot(&mut self, at: usize) -> &mut u16 {
         let page = usize::from(self.regs[PAGE] & 7);
         // Numbers and the choice of the page are the same on all pages.

@@ -88,6 +88,8 @@ pub const RSSRK: u32 = 0x5c80;
 pub const STATISTICS: std::ops::RangeInclusive<u32> = 0x4000..=0x4124;
 /// Missed packets.
 pub const MPC: u32 = 0x4010;
+/// Packets received by length: 64 bytes, to 127, 255, 511, 1023, and more.
+pub const PRC64: u32 = 0x405c;
 /// Good packets received.
 pub const GPRC: u32 = 0x4074;
 /// Broadcast packets received.
@@ -106,10 +108,38 @@ pub const RNBC: u32 = 0x40a0;
 pub const TORL: u32 = 0x40c0;
 /// All bytes transmitted.
 pub const TOTL: u32 = 0x40c8;
+/// Received packets longer than are taken.
+pub const ROC: u32 = 0x40ac;
+/// Packets transmitted by length, as those received.
+pub const PTC64: u32 = 0x40d8;
+/// Multicast packets transmitted.
+pub const MPTC: u32 = 0x40f0;
+/// Broadcast packets transmitted.
+pub const BPTC: u32 = 0x40f4;
+/// Packets transmitted that were cut into segments.
+pub const TSCTC: u32 = 0x40f8;
 /// All packets received.
 pub const TPR: u32 = 0x40d0;
 /// All packets transmitted.
 pub const TPT: u32 = 0x40d4;
+
+/// The bits that a register has, of those of which a driver could tell (what it writes to others is not read back).
+pub fn bits(at: u32) -> u32 {
+    match at {
+        // Flow control: high half of its address, its type, its time; VLAN's type; delays of interrupts in both directions.
+        0x002c | 0x0030 | VET | 0x0170 | 0x2820 | 0x282c | 0x3820 | 0x382c => 0xffff,
+        // Thresholds of flow control.
+        0x2160 => 0x8000_fff8,
+        0x2168 => 0x0000_fff8,
+        // Gaps between packets.
+        0x0410 => 0x3fff_ffff,
+        // High halves of receive addresses.
+        _ if (RAL..RAL + 128).contains(&at) && at & 4 != 0 => 0x8003_ffff,
+        // Rings begin at multiples of 16 bytes.
+        _ if [RDBAL, RDBAL + QUEUE, TDBAL, TDBAL + QUEUE].contains(&at) => !15,
+        _ => u32::MAX,
+    }
+}
 
 /// Bits of CTRL.
 pub mod ctrl {
@@ -169,6 +199,10 @@ pub mod rctl {
 }
 /// Transmit enable.
 pub const TCTL_EN: u32 = 1 << 1;
+/// Fill short packets up.
+pub const TCTL_PSP: u32 = 1 << 3;
+/// Which way received frames come: 1 is from the device's own transmission (bits 6 and 7 of RCTL).
+pub const RCTL_LOOPBACK_SHIFT: u32 = 6;
 /// Extended receive descriptors.
 pub const RFCTL_EXTEN: u32 = 1 << 15;
 /// The descriptor holds a hash, not a checksum.

@@ -2,9 +2,9 @@
 
 use super::Inner;
 use super::regs::{
-    BAH, BAL, BPRC, CTRL, GORCL, GPRC, HEAD, LEN, MPC, MPRC, MRQC, MTA, PSRCTL, QUEUE, RAL, RCTL, RDBAL,
-    RETA, RFCTL, RFCTL_EXTEN, RNBC, RSSRK, RXCSUM, RXCSUM_IPOFL, RXCSUM_PCSD, RXCSUM_TUOFL, TAIL, TORL, TPR,
-    VFTA, cause, ctrl, rctl,
+    BAH, BAL, BPRC, CTRL, GORCL, GPRC, HEAD, LEN, MPC, MPRC, MRQC, MTA, PRC64, PSRCTL, QUEUE, RAL, RCTL,
+    RDBAL, RETA, RFCTL, RFCTL_EXTEN, RNBC, ROC, RSSRK, RXCSUM, RXCSUM_IPOFL, RXCSUM_PCSD, RXCSUM_TUOFL, TAIL,
+    TORL, TPR, VFTA, cause, ctrl, rctl,
 };
 use ringfort_memory::{Bytes, GuestAddress};
 use ringfort_net::{hash, segment};
@@ -15,7 +15,9 @@ const BATCH: usize = 64;
 const SHORT: usize = 1522;
 const LONG: usize = 16 << 10;
 /// Shortest frame, without its check sequence; shorter ones are filled up.
-const LEAST: usize = 60;
+pub const LEAST: usize = 60;
+/// Bytes of the check sequence.
+pub const CRC: usize = 4;
 
 // Status bits of a descriptor.
 const DD: u32 = 1 << 0;
@@ -119,18 +121,34 @@ impl Inner {
             }
             let mut frame = std::mem::take(&mut self.inbox);
             if !self.inbox_full {
-                if self.wiring.backend.receive(0, &mut frame).is_none() {
+                let own = self.looped.pop_front();
+                let is_own = own.is_some();
+                let loops = is_own || self.loops();
+                let came = match own {
+                    Some(f) => {
+                        frame = f;
+                        true
+                    }
+                    None => self.wiring.backend.receive(0, &mut frame).is_some(),
+                };
+                if !came {
                     self.inbox = frame;
                     break;
                 }
-                let on = self.get(RCTL) & rctl::EN != 0 && self.link && self.may_dma();
+                // While its own frames come back, those of others do not.
+                let on = self.get(RCTL) & rctl::EN != 0 && (self.link || loops) && self.may_dma();
+                let others = loops && !is_own;
                 let most = if self.get(RCTL) & rctl::LPE != 0 { LONG } else { SHORT };
-                if !on || frame.len() < 16 || frame.len() + 4 > most || !self.wants(&frame) {
+                frame.resize(frame.len().max(LEAST), 0);
+                let too_long = frame.len() + 4 > most;
+                if !on || others || too_long || !self.wants(&frame) {
+                    if on && too_long {
+                        self.count(ROC, 1);
+                    }
                     self.passed.rx_dropped += 1;
                     self.inbox = frame;
                     continue;
                 }
-                frame.resize(frame.len().max(LEAST), 0);
             }
             let placed = self.place(&frame, &mut causes);
             self.inbox = frame;
@@ -247,7 +265,7 @@ impl Inner {
                 head = (head + 1) % size;
             }
             self.set(base + HEAD, head);
-            self.count_received(&data);
+            self.count_received(frame);
             *causes |= self.queue_cause(report.queue, true);
             // Few are left: a half, a quarter or an eighth of them (section 10.2.5.1, RDMTS).
             let left = (tail + size - head) % size;
@@ -340,13 +358,17 @@ impl Inner {
         }
     }
 
+    /// A frame as it came, without its check sequence.
     fn count_received(&mut self, data: &[u8]) {
         self.passed.rx_frames += 1;
         self.passed.rx_bytes += data.len() as u64;
         self.count(GPRC, 1);
         self.count(TPR, 1);
-        self.count_bytes(GORCL, data.len());
-        self.count_bytes(TORL, data.len());
+        // From the destination to the check sequence (section 10.2.7.27).
+        let len = data.len() + CRC;
+        self.count_bytes(GORCL, len);
+        self.count_bytes(TORL, len);
+        self.count_length(PRC64, len);
         if data[..6] == [0xff; 6] {
             self.count(BPRC, 1);
         } else if data[0] & 1 != 0 {

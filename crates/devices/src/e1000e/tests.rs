@@ -364,3 +364,54 @@ fn state_survives_and_wrong_state_is_refused() {
     let bad = Section::new(KIND, 0, STATE_VERSION, &Saved { regs: vec![(u16::MAX, 1)], ..bad });
     assert!(other.card.load(&bad).is_err());
 }
+
+#[test]
+fn what_it_sends_comes_back_in_loopback_and_all_is_counted() {
+    let r = Rig::new();
+    r.write(regs::TCTL, regs::TCTL_EN | regs::TCTL_PSP);
+    r.write(RDBAL + TAIL, 15);
+    let own = udp(MAC, 100);
+    let short = [&[0xff; 6][..], &MAC, &[8, 0], b"x"].concat();
+    let (mac, phy) = (1 << regs::RCTL_LOOPBACK_SHIFT, 1u32 << 14 | 0x140);
+    let rctl = regs::rctl::EN | regs::rctl::BAM | regs::rctl::SECRC;
+    for (n, f) in [(0u64, &own), (1, &short)] {
+        // By the MAC's own, then by the PHY's.
+        r.write(regs::RCTL, if n == 0 { rctl | mac } else { rctl });
+        r.write(MDIC, 1 << 26 | 1 << 21 | if n == 0 { 0x1140 } else { phy });
+        // Others' frames do not come meanwhile.
+        r.give(udp(MAC, 10));
+        r.put(BUFFERS + 0x1_0000, f);
+        r.put(TX + 16 * n, &data(BUFFERS + 0x1_0000, f.len() as u32, 0x0b, 0));
+        r.write(TDBAL + TAIL, n as u32 + 1);
+        r.done(RX + 16 * n + 12);
+        let mut padded = f.clone();
+        padded.resize(f.len().max(60), 0);
+        assert!(r.look(BUFFERS + 2048 * n, padded.len()) == padded);
+    }
+    assert!(lock(&r.wire.sent).is_empty());
+    // Numbers of packets and of bytes, check sequence and filling included; each read clears.
+    let bytes = own.len() as u32 + 4 + 64;
+    let at = own.len() + 4;
+    let class = [64, 127, 255].iter().take_while(|most| at > **most).count() as u32;
+    for (register, count) in [
+        (regs::GPTC, 2),
+        (regs::GPRC, 2),
+        (regs::BPTC, 1),
+        (regs::BPRC, 1),
+        (regs::MPTC, 0),
+        (regs::PTC64, 1),
+        (regs::PRC64, 1),
+        (regs::PTC64 + 4 * class, 1),
+        (regs::PRC64 + 4 * class, 1),
+        (GOTCL, bytes),
+        (regs::GORCL, bytes),
+    ] {
+        assert_eq!(r.read(register), count, "{register:#x}");
+    }
+    assert_eq!(r.read(regs::GPTC), 0);
+    // Back on the network: a header alone is filled up, too.
+    r.write(MDIC, 1 << 26 | 1 << 21 | 0x1140);
+    r.give(own[..14].to_vec());
+    r.done(RX + 16 * 2 + 12);
+    assert_eq!(r.look(RX + 16 * 2 + 8, 2), [60, 0]);
+}

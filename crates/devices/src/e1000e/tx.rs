@@ -2,8 +2,10 @@
 
 use super::Inner;
 use super::regs::{
-    BAH, BAL, CTRL, GOTCL, GPTC, HEAD, LEN, QUEUE, TAIL, TCTL, TCTL_EN, TDBAL, TOTL, TPT, VET, cause, ctrl,
+    BAH, BAL, BPTC, CTRL, GOTCL, GPTC, HEAD, LEN, MPTC, PTC64, QUEUE, TAIL, TCTL, TCTL_EN, TCTL_PSP, TDBAL,
+    TOTL, TPT, TSCTC, VET, cause, ctrl,
 };
+use super::rx::{CRC, LEAST};
 use ringfort_memory::{Bytes, GuestAddress};
 use ringfort_net::{GsoKind, MAX_FRAME, Offloads, Sent, VnetHeader, segment};
 use serde::{Deserialize, Serialize};
@@ -11,6 +13,9 @@ use serde::{Deserialize, Serialize};
 const DESCRIPTOR: u64 = 16;
 /// Descriptors looked at in one go: a driver that moves its tail without end does not keep the device to itself.
 const BATCH: u32 = 1024;
+
+/// Frames of its own that wait to come back.
+const MOST_LOOPED: usize = 256;
 
 // Command bits.
 const EOP: u8 = 1 << 0;
@@ -211,6 +216,10 @@ impl Inner {
         if a.frame.len() < 14 {
             return;
         }
+        if self.get(TCTL) & TCTL_PSP != 0 && !a.segment {
+            // Section 10.2.6.1; a tag comes on top.
+            a.frame.resize(a.frame.len().max(LEAST), 0);
+        }
         if a.segment && c.mss > 0 && c.tucmd & TUCMD_TCP != 0 {
             let Some(h) = self.prepare_segments(a) else { return };
             header = h;
@@ -277,17 +286,61 @@ impl Inner {
         })
     }
 
+    /// Count `n` frames of `len` bytes to this address, check sequence included.
+    fn count_sent(&mut self, to: &[u8], len: usize, n: u32) {
+        self.count(GPTC, n);
+        self.count(TPT, n);
+        self.count_bytes(GOTCL, len * n as usize);
+        self.count_bytes(TOTL, len * n as usize);
+        (0..n).for_each(|_| self.count_length(PTC64, len));
+        if to == [0xff; 6] {
+            self.count(BPTC, n);
+        } else if to[0] & 1 != 0 {
+            self.count(MPTC, n);
+        }
+    }
+
     fn send(&mut self, header: VnetHeader, frame: &[u8], can: Offloads) {
-        if !self.link {
+        let loops = self.loops();
+        if !self.link && !loops {
             self.passed.tx_dropped += 1;
             return;
         }
         self.passed.tx_frames += 1;
         self.passed.tx_bytes += frame.len() as u64;
-        self.count(GPTC, 1);
-        self.count(TPT, 1);
-        self.count_bytes(GOTCL, frame.len());
-        self.count_bytes(TOTL, frame.len());
+        let headers = usize::from(header.header_len);
+        match header.gso {
+            // As they are on the cable: all of one length, and a rest.
+            Some((_, size)) if headers > 0 && headers < frame.len() => {
+                self.count(TSCTC, 1);
+                let payload = frame.len() - headers;
+                let size = usize::from(size);
+                self.count_sent(&frame[..6], headers + size + CRC, (payload / size) as u32);
+                let rest = payload % size;
+                self.count_sent(&frame[..6], headers + rest + CRC, u32::from(rest > 0));
+            }
+            _ => self.count_sent(&frame[..6], frame.len().max(LEAST) + CRC, 1),
+        }
+        if loops {
+            let looped = &mut self.looped;
+            let mut back = |part: &[u8]| {
+                if looped.len() < MOST_LOOPED {
+                    looped.push_back(part.to_vec());
+                }
+            };
+            match header.gso {
+                Some(_) => segment::split(&header, frame, back),
+                None => {
+                    let mut whole = frame.to_vec();
+                    if let Some((start, offset)) = header.checksum {
+                        let (start, end) = (usize::from(start), whole.len());
+                        put_sum(&mut whole, start, end, start + usize::from(offset), false);
+                    }
+                    back(&whole);
+                }
+            }
+            return self.wiring.bell.ring();
+        }
         let whole = match header.gso {
             Some((GsoKind::Tcp4, _)) => can.tso4,
             Some((GsoKind::Tcp6, _)) => can.tso6,
