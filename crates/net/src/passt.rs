@@ -121,12 +121,21 @@ impl Process {
             Some(status) => {
                 let mut said = String::new();
                 let _ = remarks.take(16 << 10).read_to_string(&mut said);
-                let last = said.lines().map(str::trim).rfind(|l| !l.is_empty() && !l.contains("syslog"));
-                let why = last.unwrap_or("it gave no reason");
+                let why = reason(&said).unwrap_or("it gave no reason");
                 Err(NetError::Refused(format!("{} ended at once ({status}): {why}", program.display())))
             }
         }
     }
+}
+
+/// What a program that ended said of why: its last line, or, if that is of an explanation of its options, the line that complains.
+fn reason(said: &str) -> Option<&str> {
+    const COMPLAINTS: [&str; 7] =
+        ["unrecognized", "nvalid", "requires an argument", "ailed", "annot", "ouldn't", "rror"];
+    let lines = || said.lines().map(str::trim).filter(|l| !l.is_empty() && !l.contains("syslog"));
+    let explained = said.contains("Usage:");
+    let complaint = lines().find(|l| explained && COMPLAINTS.iter().any(|c| l.contains(c)));
+    complaint.or_else(|| lines().last())
 }
 
 impl NetBackend for Passt {
@@ -171,6 +180,18 @@ mod tests {
         let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
         let config = PasstConfig { path: Some(path.into()), arguments };
         Passt::start(&config).err().expect("an error").to_string()
+    }
+
+    #[test]
+    fn the_reason_is_among_what_was_said() {
+        let usage =
+            "passt: unrecognized option '--x'\nUsage: passt [OPTION]...\n\n  -h  help\n    default: none\n";
+        assert_eq!(reason(usage), Some("passt: unrecognized option '--x'"));
+        assert_eq!(
+            reason("No interfaces\nFailed to bind port 22\n(see syslog)\n"),
+            Some("Failed to bind port 22")
+        );
+        assert_eq!(reason("\n"), None);
     }
 
     #[test]

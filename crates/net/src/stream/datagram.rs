@@ -85,8 +85,19 @@ impl Datagrams {
                     _ => None,
                 };
                 let group = to.ip().is_multicast();
-                let s = if group { join(to, local) } else { bind(to, local) };
-                (s.map_err(fail(shown))?, SockAddr::from(to), group, None)
+                let s = if group {
+                    join(to, local).map_err(fail(shown))?
+                } else {
+                    let s = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))
+                        .map_err(fail(shown.clone()))?;
+                    if let Some(at) = local {
+                        s.bind(&at.into()).map_err(fail(format!("local=udp:{at}")))?;
+                    }
+                    // Only the other side is to be heard, and the host tells nothing about a port that is not open yet.
+                    s.connect(&to.into()).map_err(fail(shown))?;
+                    s
+                };
+                (s, SockAddr::from(to), group, None)
             }
             // Refused above.
             (_, DatagramAddress::Unix(to)) => {
@@ -138,16 +149,6 @@ impl Datagrams {
             .as_ref()
             .is_some_and(|own| frame.get(6..12).is_some_and(|m| lock(own).iter().any(|o| o == m)))
     }
-}
-
-fn bind(to: SocketAddr, local: Option<SocketAddr>) -> io::Result<Socket> {
-    let s = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
-    if let Some(at) = local {
-        s.bind(&at.into())?;
-    }
-    // Only the other side is to be heard, and the host tells nothing about a port that is not open yet.
-    s.connect(&to.into())?;
-    Ok(s)
 }
 
 fn join(group: SocketAddr, interface: Option<SocketAddr>) -> io::Result<Socket> {

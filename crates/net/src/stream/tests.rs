@@ -186,6 +186,13 @@ fn datagrams_over_unix_udp_and_a_group() {
         }
         (Err(e), _) | (_, Err(e)) => eprintln!("skipped: no multicast on this host's loopback: {e}"),
     }
+    // The address that cannot be had is named, and not the other. (192.0.2.0/24 is nobody's.)
+    let c = DatagramConfig {
+        local: Some("udp:192.0.2.1:5000".parse().unwrap()),
+        remote: "udp:127.0.0.1:5000".parse().unwrap(),
+    };
+    let said = Datagrams::new(&c).map(drop).unwrap_err().to_string();
+    assert!(said.starts_with("local=udp:192.0.2.1:5000: "), "{said}");
     for (local, remote) in [("udp:127.0.0.1:1", "unix:/x"), ("unix:/x", "udp:127.0.0.1:1")] {
         let c = DatagramConfig { local: Some(local.parse().unwrap()), remote: remote.parse().unwrap() };
         assert!(Datagrams::new(&c).map(drop).unwrap_err().to_string().starts_with("local:"));

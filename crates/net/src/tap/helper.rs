@@ -208,7 +208,9 @@ pub fn ask(program: Option<&Path>, bridge: &str) -> Result<OwnedFd, NetError> {
     if !status.success() {
         let words = words.split_whitespace().collect::<Vec<_>>().join(" ");
         let words = if words.is_empty() { format!("{status}") } else { words };
-        return Err(NetError::Refused(format!("{shown}: {words}")));
+        return Err(NetError::Refused(format!(
+            "bridge {bridge}: {shown}: {words}; run as root, or have the bridge allowed there"
+        )));
     }
     receive_fd(&ours).map_err(NetError::host(format!("{shown}: taking the tap")))
 }

@@ -146,6 +146,9 @@ impl Link {
     }
 
     fn unknown(kind: &str) -> ParseError {
+        if kind == "none" {
+            return ParseError("none is no network card and has no options; leave them out".into());
+        }
         ParseError(format!(
             "'{kind}': the networks are user, passt, tap, bridge=NAME, network=NAME, stream, dgram and none"
         ))
@@ -240,7 +243,8 @@ impl Nic {
             let range = if most == 1 { "give 1".into() } else { format!("give 1 to {most}") };
             p.push(("queues", format!("{} networks serve at most {most}; {range}", self.link.kind())));
         }
-        if self.mtu.is_some_and(|m| m < 576) {
+        let checked = matches!(self.link, Link::User(_));
+        if !checked && self.mtu.is_some_and(|m| m < 576) {
             // RFC 791: every host takes that much.
             p.push(("mtu", "give 576 to 65535".into()));
         }

@@ -121,7 +121,7 @@ fn what_is_wrong_is_told_with_what_to_do() {
     for (bad, says) in [
         ("", "the networks are"),
         ("users", "the networks are"),
-        ("none,mac=x", "the networks are"),
+        ("none,mac=x", "has no options"),
         ("user,mac=1:2:3", "six bytes in hex"),
         ("user,mac=", "mac needs a value"),
         ("user,model=ne2000", "the models are virtio-net, e1000e"),
