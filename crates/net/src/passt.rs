@@ -135,7 +135,7 @@ fn reason(said: &str) -> Option<&str> {
     let lines = || said.lines().map(str::trim).filter(|l| !l.is_empty() && !l.contains("syslog"));
     let explained = said.contains("Usage:");
     let complaint = lines().find(|l| explained && COMPLAINTS.iter().any(|c| l.contains(c)));
-    complaint.or_else(|| lines().last())
+    complaint.or_else(|| lines().next_back())
 }
 
 impl NetBackend for Passt {
