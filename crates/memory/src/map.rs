@@ -1,6 +1,7 @@
 //! Guest physical address to host pointer, for engines.
 
 use crate::{GuestMemory, PAGE_SHIFT, PageTracker};
+use std::os::fd::{AsRawFd as _, RawFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 /// One contiguous piece of RAM.
@@ -14,6 +15,9 @@ pub struct RamSlot {
     pub host: *mut u8,
     /// The pages' tracker; page numbers count from `base`.
     pub tracker: PageTracker,
+    /// The file that it is, by a descriptor that is open while the [`GuestMemory`] lives, and where it begins there; of memory that other
+    /// processes can share.
+    pub file: Option<(RawFd, u64)>,
 }
 
 /// A flat list of a machine's RAM with raw host pointers. Holds the memory alive.
@@ -40,6 +44,7 @@ impl RamMap {
                 // The regions of GuestMemory are mmaped, so each has a host address.
                 host: r.get_host_address(vm_memory::MemoryRegionAddress(0)).unwrap_or(std::ptr::null_mut()),
                 tracker: r.get_mmap().bitmap().clone(),
+                file: r.file_offset().map(|f| (f.file().as_raw_fd(), f.start())),
             })
             .collect();
         RamMap { slots, _keep: memory.clone() }

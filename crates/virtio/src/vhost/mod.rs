@@ -7,7 +7,7 @@ pub use net::{KernelNet, open as open_net};
 
 use crate::served::{QueueServer, ServedQueue};
 use ringfort_bus::lock;
-use ringfort_memory::RamMap;
+use ringfort_memory::{RamMap, RamSlot};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -38,23 +38,29 @@ fn words(what: &'static str) -> impl Fn(vhost::Error) -> io::Error {
     move |e| io::Error::other(format!("{what}: {e}"))
 }
 
+/// Guest RAM as the protocol has it. A process of its own maps it by descriptor, which takes memory that is shared (`shared=on`); the
+/// kernel goes by addresses.
+fn regions(ram: &RamMap) -> Vec<VhostUserMemoryRegionInfo> {
+    let region = |s: &RamSlot| {
+        let (mmap_handle, mmap_offset) = s.file.unwrap_or((-1, 0));
+        VhostUserMemoryRegionInfo {
+            guest_phys_addr: s.base,
+            memory_size: s.size,
+            userspace_addr: s.host.addr() as u64,
+            mmap_offset,
+            mmap_handle,
+        }
+    };
+    ram.slots().iter().map(region).collect()
+}
+
 impl<P: Part> Vhost<P> {
     /// Parts that serve queues in their order, and have this memory for it.
     ///
     /// # Errors
     /// The host's, in words.
     pub fn new(parts: Vec<P>, ram: Arc<RamMap>) -> io::Result<Vhost<P>> {
-        let regions: Vec<VhostUserMemoryRegionInfo> = ram
-            .slots()
-            .iter()
-            .map(|s| VhostUserMemoryRegionInfo {
-                guest_phys_addr: s.base,
-                memory_size: s.size,
-                userspace_addr: s.host.addr() as u64,
-                mmap_offset: 0,
-                mmap_handle: -1,
-            })
-            .collect();
+        let regions = regions(&ram);
         for p in &parts {
             p.set_owner().map_err(words("taking a vhost device"))?;
             p.set_mem_table(&regions).map_err(words("giving memory to vhost"))?;
@@ -151,6 +157,35 @@ impl<P: Part> QueueServer for Vhost<P> {
         for (p, n) in running.iter().filter_map(|&q| self.of(q)) {
             // A part that does not take it up again has lost its network; the driver sees silence, as on a dead cable.
             let _ = p.run(n, up);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringfort_memory::{Backing, Bytes, GuestAddress, allocate_with};
+    use std::os::fd::BorrowedFd;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn memory_is_passed_on_by_descriptor_when_others_can_map_it() {
+        const RAM: [(u64, u64); 2] = [(0, 1 << 20), (1 << 32, 2 << 20)];
+        for shared in [true, false] {
+            let memory = allocate_with(&RAM, &Backing { shared, ..Backing::default() }).unwrap();
+            memory.write_slice(b"here", GuestAddress((1 << 32) + 5000)).unwrap();
+            let regions = regions(&RamMap::new(&memory));
+            let places: Vec<_> = regions.iter().map(|r| (r.guest_phys_addr, r.memory_size)).collect();
+            assert_eq!(places, RAM);
+            assert!(regions.iter().all(|r| (r.mmap_handle >= 0) == shared));
+            if shared {
+                let mut b = [0; 4];
+                // SAFETY: the descriptor is open while the memory lives.
+                let fd = unsafe { BorrowedFd::borrow_raw(regions[1].mmap_handle) };
+                let file = std::fs::File::from(fd.try_clone_to_owned().unwrap());
+                file.read_exact_at(&mut b, regions[1].mmap_offset + 5000).unwrap();
+                assert_eq!(&b, b"here");
+            }
         }
     }
 }
