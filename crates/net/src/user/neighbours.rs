@@ -155,7 +155,7 @@ fn advertise(c: &mut Common, to: Option<Ipv6Addr>) {
 }
 
 /// Whether an ICMPv6 message has the right checksum.
-fn is_whole(path: &Path, message: &[u8]) -> bool {
+pub fn is_whole(path: &Path, message: &[u8]) -> bool {
     let mut copy = message.to_vec();
     if copy.len() < 8 {
         return false;

@@ -461,6 +461,13 @@ impl Stack {
                 }
             }
             ICMP | ICMP6 if path.src.is_ipv4() == (packet.protocol == ICMP) => {
+                let whole = || match path.src.is_ipv4() {
+                    true => wire::checksum(data) == 0,
+                    false => neighbours::is_whole(path, data),
+                };
+                if header.checksum.is_none() && !whole() {
+                    return;
+                }
                 if let Some((pair, mtu)) = icmp::too_big(path, data) {
                     self.tcp.path_mtu(&mut self.common, pair, mtu);
                 } else {

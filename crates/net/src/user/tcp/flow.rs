@@ -67,8 +67,9 @@ pub struct Flow {
     pub delayed: Option<Instant>,
     /// The host may have data, as far as known.
     pub readable: bool,
-    /// The host has an urgent byte on its way; the number behind one that is in `buf`.
+    /// The host may have an urgent byte next: there is one on its way, or the last read ended early, as it does before one.
     pub urgent_comes: bool,
+    /// The number behind one that is in `buf`.
     pub urgent: Option<u32>,
     pub deadline: Option<Instant>,
     /// Where its entry in the timers stands.
@@ -154,7 +155,7 @@ impl Flow {
             unacknowledged: 0,
             delayed: None,
             readable: false,
-            urgent_comes: false,
+            urgent_comes: true,
             urgent: None,
             deadline: None,
             queued: None,

@@ -58,16 +58,18 @@ impl Tcp {
                 let want = chunk.min(open).min(room);
                 // A read ends before the urgent byte, and the next begins with it.
                 if f.urgent_comes && at_mark(f.stream.as_raw_fd()) {
-                    f.urgent_comes = false;
                     f.urgent = Some(f.una.wrapping_add(f.buf.len() as u32 + 1));
                 }
                 match f.buf.read_from(&mut f.stream, want) {
                     Ok(0) => f.host_eof = true,
                     Ok(n) => {
+                        f.urgent_comes = n < want;
                         self.held += n;
                         f.last = Instant::now();
                     }
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => f.readable = false,
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                        (f.readable, f.urgent_comes) = (false, true);
+                    }
                     Err(e) if e.kind() == ErrorKind::Interrupted => {}
                     Err(_) => return self.fail(c, id),
                 }

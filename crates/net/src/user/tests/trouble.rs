@@ -243,6 +243,18 @@ fn solicitations_that_break_a_rule_get_no_answer() {
 #[test]
 fn messages_with_a_wrong_checksum_are_not_heard() {
     let hand = Hand::new(UserConfig::default());
+    for (src, dst, kind) in
+        [(IpAddr::from(GUEST), IpAddr::from(ROUTER), 8), (GUEST6.into(), ROUTER6.into(), 128)]
+    {
+        let mut f = wire::icmp(&path(src, dst), &[kind, 0, 0, 0, 7, 7, 0, 1, 1, 2, 3, 4]);
+        let mut answer = Vec::new();
+        *f.last_mut().expect("bytes") ^= 1;
+        hand.put(&f);
+        assert!(hand.net.receive(0, &mut answer).is_none());
+        *f.last_mut().expect("bytes") ^= 1;
+        hand.put(&f);
+        assert!(hand.net.receive(0, &mut answer).is_some());
+    }
     let discover = crate::dhcp::testing::request(1, 7, &[61, 3, 1, 2, 3]);
     let way = path(Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST);
     let mut f = Vec::new();
