@@ -22,6 +22,8 @@ impl Gdb {
         }
         let mut command = Command::new("gdb");
         command.args(["-q", "-nx", "-iex", "set pagination off", "-iex", "set confirm off"]);
+        // On a busy machine an answer may take longer than the two seconds that gdb waits.
+        command.args(["-iex", "set remotetimeout 120"]);
         let mut gdb = Gdb(Guest::start(command));
         gdb.0.expect("(gdb) ");
         Some(gdb)
