@@ -3,7 +3,7 @@
 use super::direct::Direct;
 #[cfg(test)]
 use super::hook::{Change, Hook};
-use super::lock::{self, Access, LockError};
+use super::lock::{self, Access, LockError, Locked};
 use crate::{
     BlockError, Located, SECTOR_SIZE, SharedSlice, SharedSliceMut, check_range, slice_of, total, total_mut,
 };
@@ -44,7 +44,7 @@ pub struct StorageOptions {
 
 /// A file or block device.
 pub struct FileStorage {
-    file: File,
+    file: Locked,
     path: PathBuf,
     len: AtomicU64,
     block_device: bool,
@@ -140,7 +140,7 @@ impl FileStorage {
             Direct::new(if block_device { u64::from(sector) } else { file_direct_alignment(&file) })
         });
         Ok(FileStorage {
-            file,
+            file: Locked(file),
             path: path.into(),
             len: AtomicU64::new(len),
             block_device,
@@ -161,7 +161,7 @@ impl FileStorage {
     /// An open, unnamed file of the process's own, of `len` bytes.
     pub(crate) fn anonymous(file: File, path: PathBuf, len: u64) -> FileStorage {
         FileStorage {
-            file,
+            file: Locked(file),
             path,
             len: AtomicU64::new(len),
             block_device: false,

@@ -54,11 +54,15 @@ pub enum LockError {
 }
 
 fn request(kind: i32, byte: i64) -> libc::flock {
+    requests(kind, byte, 1)
+}
+
+fn requests(kind: i32, first: i64, bytes: i64) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: byte,
-        l_len: 1,
+        l_start: first,
+        l_len: bytes,
         l_pid: 0,
     }
 }
@@ -93,8 +97,37 @@ fn bits() -> impl Iterator<Item = (u32, i64)> {
 ///
 /// # Errors
 /// [`LockError::Conflict`] when another process uses it in a way that does not go together with `access`, and still does after
-/// [`LINGERING`]. The locks taken until then end with `file`, which the caller drops.
+/// [`LINGERING`]. Then none is held.
 pub fn acquire(file: &File, access: Access) -> Result<(), LockError> {
+    try_to_acquire(file, access).inspect_err(|_| release(file))
+}
+
+/// A file that gives up its locks before it is closed. They would end with it, but if this process is just starting another one, not before
+/// that has closed what it inherited.
+pub struct Locked(pub File);
+
+impl std::ops::Deref for Locked {
+    type Target = File;
+    fn deref(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        release(&self.0);
+    }
+}
+
+/// Give up all locks of `file`.
+fn release(file: &File) {
+    let lock = requests(libc::F_UNLCK, PERM_BASE, SHARED_BASE + i64::from(COUNT) - PERM_BASE);
+    // That it cannot be done does not matter: there are none, or they end with the file.
+    // SAFETY: F_OFD_SETLK reads the structure, which lives through the call.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
+}
+
+fn try_to_acquire(file: &File, access: Access) -> Result<(), LockError> {
     for (bit, i) in bits() {
         // First take, then look: of two that come at once, at least one sees the other.
         if access.perm & bit != 0 {
@@ -141,4 +174,24 @@ fn take(file: &File, byte: i64) -> Result<(), LockError> {
         Some(libc::EAGAIN | libc::EACCES) => LockError::Conflict("it is locked as a whole"),
         _ => LockError::Io(e),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locks_end_before_the_file_does() {
+        let dir = super::super::tests::TempDir::new();
+        let path = dir.file("image", &[0; 512]);
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        let first = Locked(open());
+        // As a process that was just started has it for a moment.
+        let inherited = first.try_clone().unwrap();
+        acquire(&first, Access::WRITE).unwrap();
+        assert!(matches!(acquire(&open(), Access::WRITE), Err(LockError::Conflict(_))));
+        drop(first);
+        acquire(&open(), Access::WRITE).unwrap();
+        drop(inherited);
+    }
 }
