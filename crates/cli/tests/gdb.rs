@@ -52,6 +52,16 @@ impl Gdb {
         }
         self.ask(&format!("target remote {}", text(socket)));
     }
+
+    /// Connect to the test guest with this kernel, at addresses that are known beforehand.
+    fn linux(&mut self, engine: &str, guest: &TestGuest, kernel: &Path, cpus: u32, socket: &Path) -> Guest {
+        let (place, cpus) = (format!("unix:{}", text(socket)), cpus.to_string());
+        let cmdline = format!("{} nokaslr", guest.cmdline);
+        let options = ["--memory", "256M", "--cpus", &cpus, "--net", "none", "--gdb", &place];
+        let mut g = Guest::run(&run_args(engine, kernel, &guest.initrd, &cmdline, &options));
+        self.connect(&mut g, socket);
+        g
+    }
 }
 
 /// A guest of a few instructions under gdb.
@@ -122,16 +132,7 @@ fn a_kernel_is_debugged(engine: &str) {
     let at = |n: &str| at[n].as_str();
     let scratch = Scratch::new(&format!("gdb-{}", engine.replace([',', '='], "-")));
     let socket = scratch.0.join("gdb");
-    let place = format!("unix:{}", text(&socket));
-    let cmdline = format!("{} nokaslr", guest.cmdline);
-    let mut g = Guest::run(&run_args(
-        engine,
-        &guest.kernel,
-        &guest.initrd,
-        &cmdline,
-        &["--memory", "256M", "--cpus", "2", "--net", "none", "--gdb", &place],
-    ));
-    gdb.connect(&mut g, &socket);
+    let mut g = gdb.linux(engine, &guest, &guest.kernel, 2, &socket);
     gdb.says("info threads", &["vCPU 0: running", "vCPU 1: not started"]);
     assert_eq!(g.said, "", "it ran before gdb let it");
     // Before the kernel has its page tables: nothing is mapped at its addresses.
@@ -300,11 +301,7 @@ fn a_kernels_start_is_debugged_under_kvm() {
     let at = symbols(&guest, "soft", &["start_kernel", "linux_banner"]);
     let at = |n: &str| at[n].as_str();
     let socket = scratch.0.join("gdb");
-    let place = format!("unix:{}", text(&socket));
-    let cmdline = format!("{} nokaslr", guest.cmdline);
-    let options = ["--memory", "256M", "--net", "none", "--gdb", &place];
-    let mut g = Guest::run(&run_args("kvm", &kernel, &guest.initrd, &cmdline, &options));
-    gdb.connect(&mut g, &socket);
+    let g = gdb.linux("kvm", &guest, &kernel, 1, &socket);
     gdb.says("p/x $cr0 & 0x80000001", &["0x1"]);
     let start = at("start_kernel");
     gdb.says(&format!("hbreak *{start}"), &["Hardware assisted breakpoint 1"]);

@@ -370,10 +370,10 @@ impl Inner {
         self.get(regs::RCTL) >> regs::RCTL_LOOPBACK_SHIFT & 3 == 1 || self.phy.loops()
     }
 
-    /// Count a frame of `len` bytes, its check sequence included, among those of its length; `first` is the counter of the shortest.
-    fn count_length(&mut self, first: u32, len: usize) {
+    /// Count `n` frames of `len` bytes, check sequence included, among those of their length; `first` is the counter of the shortest.
+    fn count_length(&mut self, first: u32, len: usize, n: u32) {
         let class = [64, 127, 255, 511, 1023].iter().take_while(|most| len > **most).count();
-        self.count(first + 4 * class as u32, 1);
+        self.count(first + 4 * class as u32, n);
     }
 
     /// The state after power-on or a reset by the driver; the cable stays as it is.

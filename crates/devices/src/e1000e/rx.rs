@@ -123,21 +123,15 @@ impl Inner {
             if !self.inbox_full {
                 let own = self.looped.pop_front();
                 let is_own = own.is_some();
-                let loops = is_own || self.loops();
-                let came = match own {
-                    Some(f) => {
-                        frame = f;
-                        true
-                    }
-                    None => self.wiring.backend.receive(0, &mut frame).is_some(),
-                };
-                if !came {
+                if let Some(f) = own {
+                    frame = f;
+                } else if self.wiring.backend.receive(0, &mut frame).is_none() {
                     self.inbox = frame;
                     break;
                 }
+                let on = self.get(RCTL) & rctl::EN != 0 && (self.link || is_own) && self.may_dma();
                 // While its own frames come back, those of others do not.
-                let on = self.get(RCTL) & rctl::EN != 0 && (self.link || loops) && self.may_dma();
-                let others = loops && !is_own;
+                let others = !is_own && self.loops();
                 let most = if self.get(RCTL) & rctl::LPE != 0 { LONG } else { SHORT };
                 frame.resize(frame.len().max(LEAST), 0);
                 let too_long = frame.len() + 4 > most;
@@ -368,7 +362,7 @@ impl Inner {
         let len = data.len() + CRC;
         self.count_bytes(GORCL, len);
         self.count_bytes(TORL, len);
-        self.count_length(PRC64, len);
+        self.count_length(PRC64, len, 1);
         if data[..6] == [0xff; 6] {
             self.count(BPRC, 1);
         } else if data[0] & 1 != 0 {

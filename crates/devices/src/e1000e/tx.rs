@@ -292,7 +292,7 @@ impl Inner {
         self.count(TPT, n);
         self.count_bytes(GOTCL, len * n as usize);
         self.count_bytes(TOTL, len * n as usize);
-        (0..n).for_each(|_| self.count_length(PTC64, len));
+        self.count_length(PTC64, len, n);
         if to == [0xff; 6] {
             self.count(BPTC, n);
         } else if to[0] & 1 != 0 {

@@ -14,6 +14,7 @@ mod asm;
 mod block;
 mod choose;
 mod control;
+mod divide;
 mod flags;
 mod group;
 mod gs;

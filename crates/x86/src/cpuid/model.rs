@@ -112,6 +112,24 @@ const EPYC: &str = "vme ssse3 sse4.1 sse4.2 popcnt pclmulqdq monitor fma movbe a
      osvw 3dnowprefetch misalignsse sse4a abm cr8legacy topoext fsgsbase bmi1 avx2 smep bmi2 rdseed adx smap \
      clflushopt sha-ni xsaveopt xsavec xgetbv1 arat";
 
+/// A model that takes from the engine what it says.
+const fn follows(name: &'static str, scope: Scope, about: &'static str) -> Model {
+    Model {
+        name,
+        aliases: &[],
+        scope,
+        about,
+        vendor: Vendor::Amd,
+        family: 15,
+        model: 107,
+        stepping: 1,
+        brand: "Virtual x86-64 CPU",
+        caches: AMD_CACHES,
+        level: 0xd,
+        features: &[],
+    }
+}
+
 /// All models.
 pub static MODELS: [Model; 9] = [
     Model {
@@ -198,48 +216,17 @@ pub static MODELS: [Model; 9] = [
         level: 0xd,
         features: &[BASE, EPYC],
     },
-    Model {
-        name: "max",
-        aliases: &[],
-        scope: Scope::Software,
-        about: "all that the engine has here, as far as the software engine can go on with it",
-        vendor: Vendor::Amd,
-        family: 15,
-        model: 107,
-        stepping: 1,
-        brand: "Virtual x86-64 CPU",
-        caches: AMD_CACHES,
-        level: 0xd,
-        features: &[],
-    },
-    Model {
-        name: "host",
-        aliases: &[],
-        scope: Scope::Engine,
-        about: "all that the engine has here",
-        vendor: Vendor::Amd,
-        family: 15,
-        model: 107,
-        stepping: 1,
-        brand: "Virtual x86-64 CPU",
-        caches: AMD_CACHES,
-        level: 0xd,
-        features: &[],
-    },
-    Model {
-        name: "portable",
-        aliases: &[],
-        scope: Scope::Portable,
-        about: "what KVM and the software engine both have here: saved machines go from each to each",
-        vendor: Vendor::Amd,
-        family: 15,
-        model: 107,
-        stepping: 1,
-        brand: "Virtual x86-64 CPU",
-        caches: AMD_CACHES,
-        level: 0xd,
-        features: &[],
-    },
+    follows(
+        "max",
+        Scope::Software,
+        "all that the engine has here, as far as the software engine can go on with it",
+    ),
+    follows("host", Scope::Engine, "all that the engine has here"),
+    follows(
+        "portable",
+        Scope::Portable,
+        "what KVM and the software engine both have here: saved machines go from each to each",
+    ),
 ];
 
 impl Model {

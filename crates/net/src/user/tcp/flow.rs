@@ -67,8 +67,10 @@ pub struct Flow {
     pub delayed: Option<Instant>,
     /// The host may have data, as far as known.
     pub readable: bool,
-    /// The host may have an urgent byte next: there is one on its way, or the last read ended early, as it does before one.
+    /// The host has an urgent byte on its way.
     pub urgent_comes: bool,
+    /// The last read ended early, as it does before an urgent byte, and perhaps before anybody has told of that one.
+    pub ended_early: bool,
     /// The number behind one that is in `buf`.
     pub urgent: Option<u32>,
     pub deadline: Option<Instant>,
@@ -155,7 +157,8 @@ impl Flow {
             unacknowledged: 0,
             delayed: None,
             readable: false,
-            urgent_comes: true,
+            urgent_comes: false,
+            ended_early: true,
             urgent: None,
             deadline: None,
             queued: None,

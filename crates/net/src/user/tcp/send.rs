@@ -57,18 +57,20 @@ impl Tcp {
             if f.readable && !f.host_eof && open > 0 && room > 0 {
                 let want = chunk.min(open).min(room);
                 // A read ends before the urgent byte, and the next begins with it.
-                if f.urgent_comes && at_mark(f.stream.as_raw_fd()) {
+                if (f.urgent_comes || f.ended_early) && at_mark(f.stream.as_raw_fd()) {
+                    f.urgent_comes = false;
                     f.urgent = Some(f.una.wrapping_add(f.buf.len() as u32 + 1));
                 }
                 match f.buf.read_from(&mut f.stream, want) {
                     Ok(0) => f.host_eof = true,
                     Ok(n) => {
-                        f.urgent_comes = n < want;
+                        f.ended_early = n < want;
                         self.held += n;
                         f.last = Instant::now();
                     }
                     Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                        (f.readable, f.urgent_comes) = (false, true);
+                        // What comes next is told of, and whether there is an urgent byte among it.
+                        (f.readable, f.ended_early) = (false, false);
                     }
                     Err(e) if e.kind() == ErrorKind::Interrupted => {}
                     Err(_) => return self.fail(c, id),

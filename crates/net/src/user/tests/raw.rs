@@ -4,7 +4,13 @@ use super::*;
 use smoltcp::wire::{EthernetFrame, Ipv4Packet, TcpPacket};
 use socket2::SockRef;
 
-const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
+pub const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+
+/// From the guest's card to the router's.
+pub fn path(src: impl Into<IpAddr>, dst: impl Into<IpAddr>) -> wire::Path {
+    wire::Path { from: MAC, to: stack::GATEWAY_MAC, src: src.into(), dst: dst.into() }
+}
 
 pub struct Hand {
     pub net: UserNet,
@@ -42,12 +48,7 @@ impl Hand {
     }
 
     fn send_urgent(&self, ports: (u16, u16), seq: u32, ack: u32, flags: u8, urgent: u16, data: &[u8]) {
-        let path = wire::Path {
-            from: MAC,
-            to: stack::GATEWAY_MAC,
-            src: GUEST.into(),
-            dst: Ipv4Addr::new(10, 0, 2, 2).into(),
-        };
+        let path = path(GUEST, ROUTER);
         let mut f = Vec::new();
         let start = wire::ip(&mut f, &path, wire::TCP, 20 + data.len());
         f.extend_from_slice(&ports.0.to_be_bytes());
@@ -255,12 +256,7 @@ fn segments_become_as_short_as_the_path_wants() {
     let syn = hand.next();
     let (ports, ack) = ((22u16, syn.ports.0), syn.seq.wrapping_add(1));
     // An option with a segment size of 1460 makes the header longer: it is sent by hand.
-    let path = wire::Path {
-        from: MAC,
-        to: stack::GATEWAY_MAC,
-        src: GUEST.into(),
-        dst: Ipv4Addr::new(10, 0, 2, 2).into(),
-    };
+    let path = path(GUEST, ROUTER);
     let mut f = Vec::new();
     let start = wire::ip(&mut f, &path, wire::TCP, 24);
     f.extend([ports.0.to_be_bytes(), ports.1.to_be_bytes()].concat());

@@ -1,21 +1,15 @@
 //! What the router tells the guest of packets that do not arrive, and what does not arrive in one piece.
 
-use super::raw::Hand;
+use super::raw::{GUEST, Hand, ROUTER, path};
 use super::*;
 use crate::testing::new_namespace;
 use crate::user::icmp::MOST;
 use smoltcp::wire::{EthernetFrame, Ipv4Packet, Ipv6Packet};
 use std::net::UdpSocket;
 
-const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const FAR: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 9);
 const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 0x15);
 const ROUTER6: Ipv6Addr = Ipv6Addr::new(0xfec0, 0, 0, 0, 0, 0, 0, 2);
-
-fn path(src: impl Into<IpAddr>, dst: impl Into<IpAddr>) -> wire::Path {
-    wire::Path { from: MAC, to: stack::GATEWAY_MAC, src: src.into(), dst: dst.into() }
-}
 
 impl Hand {
     fn put(&self, frame: &[u8]) {
