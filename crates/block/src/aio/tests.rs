@@ -467,3 +467,82 @@ fn a_joint_changes_the_disk_under_requests_at_depth() {
         });
     }
 }
+
+/// A read through the ring, which holds the disk until somebody looks at its lane.
+fn in_ring(disk: &Arc<dyn BlockBackend>) -> Lane<Buffer> {
+    let (mut lane, _) = lane(disk, Aio::IoUring);
+    lane.set_inline(false);
+    lane.start(Request { op: Op::Read, offset: 0, len: 4096 }, Buffer::new(&[0; 4096], 0, 0));
+    lane.submit();
+    lane
+}
+
+fn write_by(lane: &mut Lane<Buffer>, value: u8) {
+    let write = Request { op: Op::Write { through: false }, offset: 0, len: 4096 };
+    lane.start(write, Buffer::new(&[value; 4096], 0, 1));
+    lane.submit();
+    lane.wait();
+    lane.poll().expect("the write is done").result.unwrap();
+}
+
+fn read_by(mut lane: Lane<Buffer>, value: u8) {
+    lane.wait();
+    assert!(lane.poll().expect("the read is done").payload.bytes() == [value; 4096]);
+}
+
+#[test]
+fn requests_go_on_while_clusters_wait_to_be_freed_until_one_under_way_is_done() {
+    if !io_uring_available() {
+        return eprintln!("skipped: this host has no io_uring");
+    }
+    let dir = TempDir::new();
+    let path = qcow2(&dir, "lanes.qcow2", 1 << 20, None, false);
+    let disk =
+        open_image(&path, &ImageOptions { format: Some(Format::Qcow2), ..ImageOptions::default() }).unwrap();
+    disk.write_at(&[SharedSlice::new(&[7; 8192])], 0).unwrap();
+    disk.flush().unwrap();
+    let (a, mut b) = (in_ring(&disk), lane(&disk, Aio::IoUring).0);
+    std::thread::scope(|s| {
+        let freeing = s.spawn(|| disk.discard(4096, 4096).and_then(|()| disk.flush()));
+        let mut there = [1; 512];
+        while there != [0; 512] {
+            disk.read_at(&[SharedSliceMut::new(&mut there)], 4096).unwrap();
+        }
+        // Reads and writes of this thread, which is to look at the other lane later.
+        for n in 0..200 {
+            write_by(&mut b, n);
+            disk.read_at(&[SharedSliceMut::new(&mut there)], 0).unwrap();
+            assert_eq!(there, [n; 512]);
+        }
+        assert!(!freeing.is_finished(), "a cluster was freed under a request");
+        read_by(a, 7);
+        freeing.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn nobody_waits_for_an_exchange_that_waits_for_another_lane_of_the_same_thread() {
+    if !io_uring_available() {
+        return eprintln!("skipped: this host has no io_uring");
+    }
+    let dir = TempDir::new();
+    let (old, new) = (dir.file("a.img", &vec![1; 1 << 20]), dir.file("b.img", &vec![2; 1 << 20]));
+    let [old, new] = [old, new].map(|p| open_image(&p, &ImageOptions::default()).unwrap());
+    let joint = Arc::new(Joint::new(old));
+    let disk: Arc<dyn BlockBackend> = joint.clone();
+    let mut here = [0; 512];
+    // From now on it is in the page cache.
+    disk.read_at(&[SharedSliceMut::new(&mut here)], 0).unwrap();
+    let (a, mut b) = (in_ring(&disk), lane(&disk, Aio::IoUring).0);
+    std::thread::scope(|s| {
+        let exchange = s.spawn(|| joint.exchange(|_| Ok(new)).map(drop));
+        while disk.try_read_at(&[SharedSliceMut::new(&mut here)], 0).unwrap() {
+            std::thread::yield_now();
+        }
+        write_by(&mut b, 3);
+        read_by(a, 1);
+        exchange.join().unwrap().unwrap();
+    });
+    disk.read_at(&[SharedSliceMut::new(&mut here)], 0).unwrap();
+    assert_eq!(here, [2; 512]);
+}
