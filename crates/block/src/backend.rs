@@ -136,19 +136,6 @@ pub trait BlockBackend: Send + Sync {
     /// The host's; parts may have been written.
     fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()>;
 
-    /// As [`write_at`](Self::write_at) if that only goes to the host's page cache, and waits neither for whoever wants to
-    /// be alone with the disk nor for changes to become durable; `false`, with nothing written, if not. Whoever has requests
-    /// under way that were [located](Self::locate) may call this.
-    ///
-    /// # Errors
-    /// As for [`write_at`](Self::write_at).
-    fn try_write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<bool> {
-        if !self.writes_are_cached() {
-            return Ok(false);
-        }
-        self.write_at(bufs, offset).map(|()| true)
-    }
-
     /// Make all completed writes durable.
     ///
     /// # Errors

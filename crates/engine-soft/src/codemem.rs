@@ -22,11 +22,12 @@ pub struct CodeMemory {
 unsafe impl Send for CodeMemory {}
 
 impl CodeMemory {
-    /// Map `size` bytes (a whole number of pages), which take host memory as they are touched.
+    /// Map `size` bytes (a whole number of pages), which take host memory as they are touched: where there is likely to be much code by
+    /// `huge` pages.
     ///
     /// # Errors
     /// The host's.
-    pub fn new(size: usize) -> io::Result<CodeMemory> {
+    pub fn new(size: usize, huge: bool) -> io::Result<CodeMemory> {
         let mapped = size + HUGE;
         // SAFETY: plain system calls on a mapping of this function's own.
         unsafe {
@@ -44,7 +45,7 @@ impl CodeMemory {
             let mapping: *mut u8 = mapping.cast();
             let start = mapping.add(mapping.align_offset(HUGE));
             // A host without huge pages serves as well.
-            libc::madvise(start.cast(), size, libc::MADV_HUGEPAGE);
+            libc::madvise(start.cast(), size, if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
             Ok(CodeMemory { mapping, mapped, start, size })
         }
     }

@@ -206,13 +206,28 @@ fn report(t: &mut Text, signal: &str, info: &libc::siginfo_t, context: &libc::uc
         t.line();
         return;
     };
-    let at = place.op.and_then(|n| block.ops.get(n)).map_or(block.first(), |op| u64::from(op.off));
+    let start = |n: usize| {
+        // SAFETY: as for the bytes below.
+        let host = unsafe { (*cpu).mmu.ram.host(block.gpa()) }?;
+        let mut bytes = [0; 0x1000];
+        let bytes = &mut bytes[..(0x1000 - block.first()).min(block.bytes.into()) as usize];
+        if !read(host as u64, bytes) {
+            return None;
+        }
+        let mut decoder =
+            iced_x86::Decoder::with_ip(64, bytes, block.first(), iced_x86::DecoderOptions::NONE);
+        for _ in 0..n {
+            let _ = decoder.decode();
+        }
+        Some(decoder.ip())
+    };
+    let at = place.op.and_then(start).unwrap_or(block.first());
     let exactly = if place.op.is_some() { "" } else { " (the block's beginning)" };
     let _ = write!(t, "in translated code, guest CS:RIP {cs:#x}:{:#x}{exactly}", (rip & !0xfff) + at);
     t.line();
-    let _ = write!(t, "  block at guest physical {:#x}, {} bytes:", block.gpa, block.bytes);
+    let _ = write!(t, "  block at guest physical {:#x}, {} bytes:", block.gpa(), block.bytes);
     // SAFETY: the map of memory is changed by the vCPU's own thread only.
-    let bytes = unsafe { (*cpu).mmu.ram.host(block.gpa) };
+    let bytes = unsafe { (*cpu).mmu.ram.host(block.gpa()) };
     let room = (0x1000 - block.first()).min(block.bytes.into()) as usize;
     t.bytes(bytes.map_or(0, |p| p as u64), room);
     t.line();

@@ -2,6 +2,11 @@
 
 use std::hash::{BuildHasherDefault, Hasher};
 
+/// Fibonacci hashing: the upper bits depend on all of `n`.
+pub const fn mix(n: u64) -> u64 {
+    n.wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// For maps and sets with `u64` keys.
 pub type BuildKeyHasher = BuildHasherDefault<KeyHasher>;
 
@@ -17,7 +22,7 @@ impl Hasher for KeyHasher {
         unreachable!("keys are u64")
     }
     fn write_u64(&mut self, n: u64) {
-        // Fibonacci hashing; the table uses the top bits as well as the low ones.
-        self.0 = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+        // The table uses the top bits as well as the low ones.
+        self.0 = mix(n).rotate_left(29);
     }
 }

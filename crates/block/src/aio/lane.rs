@@ -303,10 +303,9 @@ impl<P: Payload> Lane<P> {
                 let there = self.backend.try_read_at(&payload.targets(), request.offset);
                 matches!(there, Ok(true)).then_some(Ok(()))
             }
-            // What is in the ring is to be looked at soon.
-            Op::Write { through: false } if self.in_ring.is_empty() => {
-                let written = self.backend.try_write_at(&payload.sources(), request.offset);
-                written.map(|done| done.then_some(())).transpose()
+            // Whoever waits inside a write for others to leave must not be the one who lets them go.
+            Op::Write { through: false } if self.in_ring.is_empty() && self.backend.writes_are_cached() => {
+                Some(perform(&*self.backend, request, payload))
             }
             Op::Flush if self.backend.flush_is_quick() => Some(perform(&*self.backend, request, payload)),
             _ => None,

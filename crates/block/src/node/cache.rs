@@ -94,9 +94,6 @@ impl BlockBackend for Tuned {
     fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
         self.below.write_at(bufs, offset)
     }
-    fn try_write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<bool> {
-        self.below.try_write_at(bufs, offset)
-    }
     fn flush(&self) -> io::Result<()> {
         if self.no_flush { Ok(()) } else { self.below.flush() }
     }

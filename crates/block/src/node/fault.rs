@@ -85,10 +85,6 @@ impl BlockBackend for Faulty {
         self.check(|f| f.write)?;
         self.below.write_at(bufs, offset)
     }
-    fn try_write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<bool> {
-        self.check(|f| f.write)?;
-        self.below.try_write_at(bufs, offset)
-    }
     fn flush(&self) -> io::Result<()> {
         self.check(|f| f.flush)?;
         self.below.flush()

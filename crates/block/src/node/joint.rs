@@ -63,7 +63,7 @@ impl BlockBackend for Joint {
         self.below().try_read_at(bufs, offset)
     }
     fn locate(&self, write: bool, offset: u64, len: u64, found: &mut Located) -> io::Result<bool> {
-        let Some(shared) = self.gate.try_keep() else { return Ok(false) };
+        let Some(shared) = self.gate.try_share() else { return Ok(false) };
         found.hold(shared);
         self.below().locate(write, offset, len, found)
     }
@@ -73,10 +73,6 @@ impl BlockBackend for Joint {
     fn write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<()> {
         let _shared = self.gate.share();
         self.below().write_at(bufs, offset)
-    }
-    fn try_write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<bool> {
-        let Some(_shared) = self.gate.try_share() else { return Ok(false) };
-        self.below().try_write_at(bufs, offset)
     }
     fn flush(&self) -> io::Result<()> {
         let _shared = self.gate.share();

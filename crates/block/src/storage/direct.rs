@@ -80,9 +80,9 @@ impl Direct {
         self.align
     }
 
-    /// Keep whoever reads, changes and writes blocks out, for a write of whole blocks by the kernel; `None` while one is in.
+    /// Keep whoever reads, changes and writes blocks out, for a write of whole blocks; `None` while one is in.
     pub fn share(&self) -> Option<Hold> {
-        self.order.try_keep()
+        self.order.try_share()
     }
 
     /// Keep all other writes out, while the file's length changes.

@@ -3,13 +3,15 @@
 //! Each vCPU has its own cache, so the run path takes no lock. A block is valid while the code word of the page (or the two pages) that
 //! it was decoded from is unchanged; whoever writes to the page moves that word on (see `ringfort_memory::PageTracker`).
 
+mod ops;
 mod sync;
 
+use ops::Kept;
 pub use sync::CodeSync;
 
 use crate::cpu::{Cpu, Trap};
-use crate::decode::{self, Fetched, Mode, Op, op_flags};
-use crate::hash::BuildKeyHasher;
+use crate::decode::{self, Fetched, Mode, Op};
+use crate::hash::{BuildKeyHasher, mix};
 use crate::mmu::{Access, Fetch, Mapping};
 use ringfort_memory::{PAGE_SHIFT, PageTracker};
 use ringfort_x86::segment::{CS, DS, ES, SS};
@@ -22,7 +24,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 const MAX_OPS: usize = 48;
 /// Entries of the jump cache.
 const JUMPS: usize = 32768;
-/// Ops held before the cache is emptied.
+/// Ops of blocks that have no translation held before the cache is emptied.
 const CAPACITY: usize = 1_000_000;
 /// Blocks whose executions are counted also while the block is forgotten; further ones share a count.
 const HEATS: usize = 1 << 17;
@@ -49,61 +51,101 @@ impl Stamp {
 /// The extent of a block's translation.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Place {
-    /// Bytes from [`Block::code`] on.
-    pub size: u32,
     /// Offset in code memory of the part that seldom executes; the instructions' marks follow it.
     pub seldom: u32,
-    /// Its bytes.
-    pub seldom_size: u32,
+    /// Bytes of that.
+    pub seldom_size: u16,
+    /// Bytes from [`Block::code`] on.
+    pub size: u16,
     /// How many marks there are.
-    pub marks: u32,
+    pub marks: u8,
 }
 
-/// A run of decoded instructions.
+/// A run of decoded instructions. There are a hundred thousand of them, so it is kept small.
 pub struct Block {
-    /// The ops; never empty.
-    pub ops: Box<[Op]>,
-    /// Bytes of guest code.
-    pub bytes: u16,
-    /// Guest physical address of the first byte.
-    pub gpa: u64,
+    /// The ops, from `Box::into_raw`; null while they are not there.
+    held: Cell<*mut Op>,
+    key: u64,
     /// Address of its translation; 0 while it has none.
     pub code: Cell<usize>,
-    /// Where the rest of that lies.
-    pub place: Cell<Place>,
-    /// Times that the interpreter executed it.
-    pub heat: Cell<u32>,
-    /// Its translation holds only while more than its page is as it was: it says so itself, and is made anew then.
-    pub guarded: Cell<bool>,
-    key: u64,
-    stamp: Stamp,
+    /// The page's code word.
+    word: *const AtomicU32,
     /// For a block that is one page-crossing instruction: the second page's address and stamp.
     second: Option<Box<(u64, Stamp)>>,
+    /// Where the rest of the translation lies.
+    pub place: Cell<Place>,
+    /// What the code word was when it was decoded.
+    value: u32,
+    /// What translated code names it by, or [`NO_NUMBER`].
+    number: Cell<u32>,
+    /// Bytes of guest code.
+    pub bytes: u16,
+    /// How many ops.
+    count: u8,
+    /// The ops were wanted since somebody looked.
+    used: Cell<bool>,
+    /// Times that the interpreter executed it.
+    heat: Cell<u8>,
+    /// Its translation holds only while more than its page is as it was: it says so itself, and is made anew then.
+    pub guarded: Cell<bool>,
 }
 
+const _: () = assert!(size_of::<Block>() == 72 && MAX_OPS <= u8::MAX as usize);
+
+/// Not named by translated code.
+const NO_NUMBER: u32 = u32::MAX;
+
 impl Block {
+    /// Guest physical address of the first byte.
+    #[inline(always)]
+    pub fn gpa(&self) -> u64 {
+        self.key >> 8
+    }
+
     /// Where its first instruction lies in its page.
     #[inline(always)]
     pub fn first(&self) -> u64 {
-        self.gpa & 0xfff
+        self.gpa() & 0xfff
     }
 
-    fn new(ops: Box<[Op]>, bytes: u16, gpa: u64, stamp: Stamp, second: Option<(u64, Stamp)>) -> Block {
+    fn new(ops: Box<[Op]>, bytes: u16, key: u64, stamp: Stamp, second: Option<(u64, Stamp)>) -> Block {
+        let count = ops.len() as u8;
         Block {
-            ops,
-            bytes,
-            gpa,
+            held: Cell::new(Box::into_raw(ops).cast()),
+            key,
             code: Cell::new(0),
+            word: stamp.word,
+            second: second.map(Box::new),
             place: Cell::default(),
+            value: stamp.value,
+            number: Cell::new(NO_NUMBER),
+            bytes,
+            count,
+            used: Cell::new(false),
             heat: Cell::new(0),
             guarded: Cell::new(false),
-            key: 0,
-            stamp,
-            second: second.map(Box::new),
         }
     }
 
-    /// What it is found by: its address and decoding mode.
+    /// What translated code names it by, given by `give` the first time.
+    pub fn number(&self, give: impl FnOnce() -> u32) -> u32 {
+        if self.number.get() == NO_NUMBER {
+            self.number.set(give());
+        }
+        self.number.get()
+    }
+
+    /// It has to become hot again before it is translated.
+    pub fn cool(&self) {
+        self.heat.set(0);
+    }
+
+    /// How many instructions it has.
+    pub fn count(&self) -> usize {
+        self.count.into()
+    }
+
+    /// What it is found by: its address and, in the low byte, its decoding mode.
     pub fn key(&self) -> u64 {
         self.key
     }
@@ -118,19 +160,21 @@ impl Block {
         self.fresh()
     }
 
-    /// For a block that is one page-crossing instruction the second page's code word, and its value when the block was decoded.
-    pub fn second_stamp(&self) -> Option<(*const AtomicU32, u32)> {
-        self.second.as_ref().map(|s| (s.1.word, s.1.value))
+    /// For a block that is one page-crossing instruction the second page's physical address, its code word, and that one's value when the block
+    /// was decoded.
+    pub fn second_page(&self) -> Option<(u64, *const AtomicU32, u32)> {
+        self.second.as_ref().map(|s| (s.0, s.1.word, s.1.value))
     }
 
     /// The page's code word, and its value when the block was decoded.
     pub fn stamp(&self) -> (*const AtomicU32, u32) {
-        (self.stamp.word, self.stamp.value)
+        (self.word, self.value)
     }
 
     #[inline(always)]
     fn fresh(&self) -> bool {
-        self.stamp.fresh() && self.second.as_ref().is_none_or(|s| s.1.fresh())
+        let stamp = Stamp { word: self.word, value: self.value };
+        stamp.fresh() && self.second.as_ref().is_none_or(|s| s.1.fresh())
     }
 }
 
@@ -163,10 +207,12 @@ pub struct BlockCache {
     leaving_replaced: Vec<Box<Block>>,
     /// How often blocks without a translation were executed, by a hash of the key.
     heats: Box<[u8; HEATS]>,
-    /// Ops in `blocks`, `young` and `replaced`.
+    /// Ops in `young` and `replaced`.
     ops: usize,
     /// Ops in `young`.
     young_ops: usize,
+    /// Those blocks of `blocks` (and `replaced`) whose ops are there.
+    pub(crate) kept: Kept,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// Under which context the block found last was remembered.
@@ -190,6 +236,7 @@ impl Default for BlockCache {
             heats: Box::new([0; HEATS]),
             ops: 0,
             young_ops: 0,
+            kept: Kept::default(),
             decoded: 0,
             context: 0,
         }
@@ -209,16 +256,16 @@ impl BlockCache {
 
     /// Enter a block that was just decoded.
     fn insert(&mut self, block: Box<Block>) {
-        let (key, ops) = (block.key, block.ops.len());
+        let (key, ops) = (block.key, block.count());
         if self.young_ops > YOUNG {
             self.forget_young();
         }
         self.ops += ops;
         self.young_ops += ops;
-        block.heat.set(self.heats[heat_slot(key)].into());
+        block.heat.set(self.heats[heat_slot(key)]);
         // Jump-cache entries may still point to what it takes the place of; they find it stale, or their context has changed.
         if let Some(old) = self.young.insert(key, block) {
-            self.young_ops -= old.ops.len();
+            self.young_ops -= old.count();
             self.replaced.push(old);
         }
         self.replaced.extend(self.blocks.remove(&key));
@@ -226,16 +273,20 @@ impl BlockCache {
 
     /// The interpreter is going to execute a block: how often that was, with this time.
     pub fn warm(&mut self, b: &Block) -> u32 {
-        let heat = b.heat.get() + 1;
+        let heat = b.heat.get().saturating_add(1);
         b.heat.set(heat);
-        self.heats[heat_slot(b.key)] = u8::try_from(heat).unwrap_or(u8::MAX);
-        heat
+        self.heats[heat_slot(b.key)] = heat;
+        heat.into()
     }
 
     /// A block has got a translation.
     pub fn grown(&mut self, key: u64) {
         if let Some(block) = self.young.remove(&key) {
-            self.young_ops -= block.ops.len();
+            self.young_ops -= block.count();
+            self.ops -= block.count();
+            if block.one_page() {
+                self.kept.add(&block);
+            }
             self.blocks.insert(key, block);
         }
     }
@@ -258,6 +309,7 @@ impl BlockCache {
         let fresh = HashMap::with_capacity_and_hasher(room, BuildKeyHasher::default());
         self.leaving.push(std::mem::replace(&mut self.blocks, fresh).into_values());
         self.leaving_replaced.append(&mut self.replaced);
+        self.kept = Kept::default();
         self.jumps.fill(NO_JUMP);
         self.ops = 0;
     }
@@ -277,7 +329,7 @@ impl BlockCache {
 }
 
 fn heat_slot(key: u64) -> usize {
-    (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 47) as usize % HEATS
+    (mix(key) >> 47) as usize % HEATS
 }
 
 impl Cpu {
@@ -363,7 +415,7 @@ impl Cpu {
         if single {
             return Ok((self.decode_block(lin, rip, gpa, 1, true)?, from));
         }
-        let key = gpa << 8 | self.mode_key;
+        let key = self.block_key(gpa);
         if let Some(block) = self.cache.by_key(key) {
             // SAFETY: the cache keeps a block until another is decoded.
             let b = unsafe { &*block };
@@ -381,6 +433,7 @@ impl Cpu {
                 }
             }
         }
+        self.replace_crossing(key);
         let block = self.decode_block(lin, rip, gpa, MAX_OPS, false)?;
         // SAFETY: just decoded, and kept.
         if unsafe { &*block }.second.is_some() {
@@ -427,58 +480,24 @@ impl Cpu {
         // What CS's limit leaves, in bytes; beyond it a fetch is #GP.
         let limit = if self.code64() { u64::MAX } else { u64::from(self.seg[CS].limit) + 1 - rip };
         let left = (0x1000 - (gpa & 0xfff)).min(limit) as usize;
-        let mode = self.mode;
         let found = self.mmu.ram.find(gpa).map(|(s, off)| (s.host, off, s.tracker.clone()));
         let Some((host, offset, tracker)) = found else {
             return self.decode_outside_ram(lin, gpa, limit);
         };
         let page = offset >> PAGE_SHIFT;
         let stamp = self.begin_code(&tracker, page, gpa);
-        let mut bytes = [0u8; 4096];
-        let bytes = &mut bytes[..left];
         // SAFETY: `left` bytes from the offset lie in the same RAM page.
-        unsafe { ptr::copy_nonoverlapping(host.add(offset as usize), bytes.as_mut_ptr(), left) };
-        let mut ops: Vec<Op> = Vec::with_capacity(16);
-        let mut used = 0;
-        let first = (gpa & 0xfff) as usize;
-        let mut decoder = decode::decoder(bytes, first as u64, mode, self.decode_options);
-        while ops.len() < most {
-            let off = decoder.position();
-            match decode::next(&mut decoder) {
-                Fetched::Instruction(i) => {
-                    let end = off + i.len().max(1);
-                    let at = (first + off) as u16;
-                    let op = decode::lower(&i, &bytes[off..end.min(left)], at, mode, &self.features);
-                    used = end;
-                    let last =
-                        op.flags & op_flags::END != 0 || i.flow_control() != iced_x86::FlowControl::Next;
-                    ops.push(op);
-                    if last {
-                        break;
-                    }
-                }
-                Fetched::TooLong => {
-                    let mut op = decode::lower(
-                        &iced_x86::Instruction::default(),
-                        &[],
-                        (first + off) as u16,
-                        mode,
-                        &self.features,
-                    );
-                    op.run = decode::too_long;
-                    ops.push(op);
-                    used = left;
-                    break;
-                }
-                Fetched::Incomplete if !ops.is_empty() => break,
-                Fetched::Incomplete if (left as u64) == limit => return Err(self.gp(0)),
-                Fetched::Incomplete => {
-                    return self.decode_crossing(lin, gpa, &bytes[..left], stamp, limit, transient);
-                }
+        let run = unsafe { self.decode_run(host.add(offset as usize), left, gpa, most) };
+        if run.cut {
+            if left as u64 == limit {
+                return Err(self.gp(0));
             }
+            // SAFETY: as above; it is fewer than 15.
+            let head: [u8; 15] = unsafe { ops::copy(host.add(offset as usize), left) };
+            return self.decode_crossing(lin, gpa, &head[..left], stamp, limit, transient);
         }
-        let block = Block::new(ops.into(), used as u16, gpa, stamp, None);
-        Ok(self.keep(gpa, block, transient))
+        let block = Block::new(run.ops.into(), run.bytes as u16, self.block_key(gpa), stamp, None);
+        Ok(self.keep(block, transient))
     }
 
     /// Decode the one instruction that begins at `gpa` with `head` and goes on in the next page.
@@ -514,11 +533,9 @@ impl Cpu {
             }
         };
         let op = self.decode_one(&buf[..head.len() + more], gpa, limit)?;
-        let block = {
-            let len = op.len.into();
-            Block::new(Box::new([op]), len, gpa, stamp, second)
-        };
-        Ok(self.keep(gpa, block, transient || second.is_none()))
+        let len = op.len.into();
+        let block = Block::new(Box::new([op]), len, self.block_key(gpa), stamp, second);
+        Ok(self.keep(block, transient || second.is_none()))
     }
 
     /// Decode one instruction whose bytes come from a device.
@@ -546,11 +563,9 @@ impl Cpu {
         let op = self.decode_one(&buf[..have], gpa, limit)?;
         static ALWAYS: AtomicU32 = AtomicU32::new(0);
         let stamp = Stamp { word: &ALWAYS, value: 0 };
-        let block = {
-            let len = op.len.into();
-            Block::new(Box::new([op]), len, gpa, stamp, None)
-        };
-        Ok(self.keep(gpa, block, true))
+        let len = op.len.into();
+        let block = Block::new(Box::new([op]), len, self.block_key(gpa), stamp, None);
+        Ok(self.keep(block, true))
     }
 
     fn decode_one(&mut self, bytes: &[u8], gpa: u64, limit: u64) -> Result<Op, Trap> {
@@ -566,8 +581,12 @@ impl Cpu {
         }
     }
 
-    fn keep(&mut self, gpa: u64, mut block: Block, transient: bool) -> *const Block {
-        block.key = gpa << 8 | self.mode_key;
+    /// The key of a block at `gpa` in the mode in force.
+    fn block_key(&self, gpa: u64) -> u64 {
+        gpa << 8 | self.mode_key
+    }
+
+    fn keep(&mut self, block: Block, transient: bool) -> *const Block {
         self.cache.decoded += 1;
         self.cache.free_some();
         let block = Box::new(block);
@@ -630,17 +649,13 @@ mod tests {
         static WORD: AtomicU32 = AtomicU32::new(0);
         let mut m = crate::testing::Machine::new(crate::testing::TestMode::Long64);
         m.load_code(&[0x90, 0xf4]);
-        let op = {
-            let block = m.cpu.find_block(true).unwrap();
-            // SAFETY: just found.
-            unsafe { &*block }.ops[0].clone()
-        };
+        let block = m.cpu.find_block(true).unwrap();
+        // SAFETY: just found.
+        let op = unsafe { (&*block).ops() }[0].clone();
         let mut cache = BlockCache::default();
         let block = |key| {
-            let ops = vec![op.clone(); 10].into();
-            let mut b = Block::new(ops, 1, key >> 8, Stamp { word: &WORD, value: 0 }, None);
-            b.key = key;
-            Box::new(b)
+            let ops = vec![op.clone(); 10].into_boxed_slice();
+            Box::new(Block::new(ops, 1, key, Stamp { word: &WORD, value: 0 }, None))
         };
         let most = YOUNG as u64 / 10;
         cache.insert(block(7));
@@ -657,7 +672,7 @@ mod tests {
         (0..=most).for_each(|n| cache.insert(block(1000 + n)));
         assert!(cache.by_key(7).is_none() && cache.by_key(8).is_some());
         assert!(cache.young_ops <= YOUNG + 10);
-        assert_eq!(cache.ops, cache.young_ops + 10 * (cache.blocks.len() + cache.replaced.len()));
+        assert_eq!(cache.ops, cache.young_ops);
         cache.insert(block(7));
         // SAFETY: as above.
         assert_eq!(unsafe { &*cache.by_key(7).unwrap() }.heat.get(), 2);
@@ -668,7 +683,7 @@ mod tests {
     #[test]
     fn a_full_cache_is_freed_bit_by_bit() {
         static WORD: AtomicU32 = AtomicU32::new(0);
-        let block = |gpa| Box::new(Block::new(Box::new([]), 1, gpa, Stamp { word: &WORD, value: 0 }, None));
+        let block = |key| Box::new(Block::new(Box::default(), 1, key, Stamp { word: &WORD, value: 0 }, None));
         let mut cache = BlockCache::default();
         for n in 0..1000 {
             cache.blocks.insert(n, block(n));

@@ -28,7 +28,7 @@ fn crash(kind: &str) {
         "fpe" => &[0x31, 0xc9, 0xf7, 0xf1],           // xor ecx, ecx; div ecx
         _ => &[],
     };
-    let block = m.cpu.cache.translated().find(|b| b.gpa == LOOP).map(ptr::from_ref).expect("translated");
+    let block = m.cpu.cache.translated().find(|b| b.gpa() == LOOP).map(ptr::from_ref).expect("translated");
     if !bytes.is_empty() {
         let t = m.cpu.translator.as_mut().expect("a translator");
         // SAFETY: the cache keeps a block until another is decoded.

@@ -41,24 +41,56 @@ impl Cpu {
     fn piece(&mut self, lin: u64, len: usize, access: Access, m: usize) -> Result<Piece, Trap> {
         let t = self.translate(lin, access, m)?;
         self.mmu.misses += 1;
-        let Some((slot, offset)) = self.mmu.ram.find(t.gpa) else {
+        let Some(mapping) = self.mapping(&t, access) else {
             return Ok(Piece { gpa: t.gpa, host: None, lin, len });
         };
-        // SAFETY: `find` gives an offset inside the slot's mapping.
-        let host = unsafe { slot.host.add(offset as usize) };
-        let page = offset >> PAGE_SHIFT;
-        let log_first_write = slot.tracker.logging() && access != Access::Write;
-        let write = t.write && !log_first_write && slot.tracker.allow_fast_writes(page);
-        // What runs from a page without code is out of date: another vCPU or a device has written there. From here on this vCPU's own
-        // stores go unseen, and those have to count at once.
-        if write && self.runs_from(t.gpa) {
+        if mapping.write && self.runs_from(t.gpa) {
             self.stop_block();
         }
-        if self.mmu.watched[0] == NO_PAGE || !self.mmu.watched.contains(&(lin & !0xfff)) {
-            let Translation { gpa, fetch, large, global, .. } = t;
-            self.mmu.insert(m, lin, &Mapping { gpa, host, write, fetch, large, global });
+        if !self.watches(lin) {
+            self.mmu.insert(m, lin, &mapping);
         }
-        Ok(Piece { gpa: t.gpa, host: Some(host), lin, len })
+        Ok(Piece { gpa: t.gpa, host: Some(mapping.host), lin, len })
+    }
+
+    /// What the TLB is to know of a page that was just translated, if it is RAM. If that lets this vCPU's stores go unseen, and the running
+    /// code lies there, the block must end: what runs from a page without code is out of date, as another vCPU or a device has written there,
+    /// and those stores have to count at once.
+    fn mapping(&self, t: &Translation, access: Access) -> Option<Mapping> {
+        let (slot, offset) = self.mmu.ram.find(t.gpa)?;
+        // SAFETY: `find` gives an offset inside the slot's mapping.
+        let host = unsafe { slot.host.add(offset as usize) };
+        let log_first_write = slot.tracker.logging() && access != Access::Write;
+        let write = t.write && !log_first_write && slot.tracker.allow_fast_writes(offset >> PAGE_SHIFT);
+        let Translation { gpa, fetch, large, global, .. } = *t;
+        Some(Mapping { gpa, host, write, fetch, large, global })
+    }
+
+    /// Whether a debugger watches something in the page of `lin`.
+    fn watches(&self, lin: u64) -> bool {
+        self.mmu.watched[0] != NO_PAGE && self.mmu.watched.contains(&(lin & !0xfff))
+    }
+
+    /// Let the TLB know the page of an access that is about to be made; false if it cannot be made by the TLB alone: it faults, crosses
+    /// pages, goes to a device, or somebody must notice. But for A and D bits the guest sees nothing of it.
+    pub(crate) fn refill(&mut self, lin: u64, size: usize, write: bool) -> bool {
+        let armed = self.cpl == 3 && self.sys_flags & AC != 0;
+        if armed || (lin & 0xfff) as usize + size > 0x1000 || self.watches(lin) {
+            return false;
+        }
+        let (m, access) = (self.mmu.access_mode, if write { Access::Write } else { Access::Read });
+        let Ok(t) = self.translate(lin, access, m) else { return false };
+        let Some(mapping) = self.mapping(&t, access) else { return false };
+        if write && !mapping.write || mapping.write && self.runs_from(t.gpa) {
+            return false;
+        }
+        // Logged before it is made, as it will go unseen.
+        if write && self.mmu.ram.note_write(t.gpa) {
+            return false;
+        }
+        self.mmu.misses += 1;
+        self.mmu.insert(m, lin, &mapping);
+        true
     }
 
     fn pieces(&mut self, lin: u64, len: usize, access: Access, m: usize) -> Result<Pieces, Trap> {

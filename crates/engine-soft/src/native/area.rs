@@ -31,7 +31,7 @@ static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(std::ptr::null_mut(
 impl Area {
     /// Map an area, write the common exits, and install the signal handler. Once per process.
     pub(super) fn new() -> io::Result<Area> {
-        let mut memory = CodeMemory::new(SIZE)?;
+        let mut memory = CodeMemory::new(SIZE, false)?;
         // All exceptions masked, round to nearest: what the ABI promises to compiled code.
         memory.write(HOST_MXCSR_AT, &0x1f80u32.to_le_bytes());
         let mut area = Area { memory, used: 64 };

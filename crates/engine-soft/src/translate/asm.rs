@@ -24,6 +24,17 @@ pub struct Address {
     pub disp: i32,
 }
 
+impl Address {
+    /// The one register that it depends on, as an index.
+    pub fn single(self) -> Option<(u8, u8)> {
+        match self {
+            Address { base: Some(r), index: None, .. } => Some((r, 0)),
+            Address { base: None, index, .. } => index,
+            _ => None,
+        }
+    }
+}
+
 /// A growing piece of code, in two parts that will lie apart: what usually executes, and what seldom does.
 #[derive(Default)]
 pub struct Code {

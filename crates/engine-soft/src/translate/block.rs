@@ -2,13 +2,14 @@
 
 use super::asm::{Address, Code, Hole, SP, T0, T1};
 pub(super) use super::choose::How;
-use super::choose::{condition, how, writes_memory};
+use super::choose::{alignment, condition, how, writes_memory};
 use super::control::{Out, context_at};
 use super::flags::{self, ALL};
 use super::group::Group;
 use super::memory::{Miss, Operand, Wanted};
 use super::recall::Recall;
 use super::replay::{At, Producer};
+use super::slow::Slow;
 use super::stubs::{LIVE, PINNED, RIP_AT, live, reg_at};
 use super::uses::{Registers, registers, vector_needs, wanted_after};
 use super::{Link, Stubs, Translator};
@@ -22,18 +23,8 @@ use std::sync::atomic::AtomicU32;
 /// Most host bytes that one guest instruction becomes, slow path included; blocks are not begun with less room than this for each op.
 pub(super) const MOST_PER_OP: usize = 600;
 
-/// The slow path of memory accesses: the ops' handlers do all of it.
-struct Slow {
-    from: Miss,
-    /// One op, or a group's.
-    op: *const Op,
-    count: usize,
-    back: usize,
-    /// Flags must be in the host's flags afterwards.
-    flags: bool,
-    /// Gives the flags as they were before the op, if they are nowhere else.
-    lost: Option<Producer>,
-}
+/// Bytes looked at of what a block leads to.
+const AHEAD: usize = 64;
 
 pub(super) struct Emit<'a> {
     pub(super) c: Code,
@@ -49,6 +40,8 @@ pub(super) struct Emit<'a> {
     pub(super) recall: &'a mut Recall,
     /// The block's key.
     pub(super) key: u64,
+    /// What code names the block by.
+    pub(super) number: u32,
     /// Which instructions do not remember pages.
     pub(super) probing: u64,
     /// The block goes back to its own beginning.
@@ -68,7 +61,7 @@ pub(super) struct Emit<'a> {
     pub(super) uses: Vec<Registers>,
     /// For each instruction whether it accesses memory.
     pub(super) touches: Vec<bool>,
-    slow: Vec<Slow>,
+    pub(super) slow: Vec<Slow>,
     /// The group that is being emitted, where its probe misses, and what gives the flags from before it if they are lost.
     group: Option<(Group, Miss, Option<Producer>, *const Op)>,
     pub(super) outs: Vec<Out>,
@@ -89,6 +82,14 @@ pub(super) struct Emit<'a> {
     pub(super) page: u64,
 }
 
+/// Offsets in the guard of a block that crosses a page boundary, from its code's first byte ([`Emit::guard`]).
+mod crossing {
+    /// Which context must be in force: the offset in the `Cpu`.
+    pub const CONTEXT_AT: usize = 28;
+    /// The context's low half.
+    pub const CONTEXT: usize = 32;
+}
+
 impl Cpu {
     /// Translate `b`; false if that cannot be done (now).
     pub(super) fn translate_block(&mut self, b: &Block) -> bool {
@@ -102,84 +103,121 @@ impl Cpu {
     #[cold]
     fn try_to_translate(&mut self, b: &Block) -> bool {
         if self.mode.code != CodeSize::Bits64 {
-            b.heat.set(0);
+            b.cool();
             return false;
         }
         if !b.one_page() {
             return self.translate_crossing(b);
         }
-        let Some((slot, offset)) = self.mmu.ram.find(b.gpa) else { return false };
-        let left = 0x1000 - (b.gpa & 0xfff) as usize;
-        let mut bytes = [0u8; 4096];
-        // SAFETY: `left` bytes from the offset lie in the same RAM page.
-        unsafe { std::ptr::copy_nonoverlapping(slot.host.add(offset as usize), bytes.as_mut_ptr(), left) };
-        let bytes = &bytes[..left];
-        let page = {
-            let mut page = [0u8; 4096];
-            // SAFETY: the whole page that holds the offset lies in RAM, which is mapped in pages.
-            unsafe {
-                let from = slot.host.add((offset & !0xfff) as usize);
-                std::ptr::copy_nonoverlapping(from, page.as_mut_ptr(), 4096);
-            }
-            page
+        let Some((slot, offset)) = self.mmu.ram.find(b.gpa()) else { return false };
+        // SAFETY: the offset lies in the mapping.
+        let (host, first) = unsafe { (slot.host.add(offset as usize), b.first() as usize) };
+        let bytes: Vec<u8> = {
+            // One whose second page is no RAM is not to be had.
+            let mut bytes = vec![0; usize::from(b.bytes).min(0x1000 - first)];
+            // SAFETY: the block lies in one RAM page.
+            unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
+            bytes
         };
-        // What was copied is what the block was decoded from only if nobody has written meanwhile.
-        if !b.is_fresh() {
-            return false;
-        }
+        let Some(ops) = self.ops_of(b) else { return false };
+        // SAFETY: no other ops are had back, and no block gets a translation, until this one has it.
+        let ops = unsafe { &*ops };
         let Some(t) = self.translator.as_mut() else { return false };
-        if t.room() < (b.ops.len() + 4) * MOST_PER_OP {
+        if t.room() < (b.count() + 4) * MOST_PER_OP {
             self.drop_translations();
             return false;
         }
-        let mut decoder = decode::decoder(bytes, b.first(), self.mode, self.decode_options);
-        let mut instructions = Vec::with_capacity(b.ops.len());
-        for _ in 0..b.ops.len() {
+        let mut decoder = decode::decoder(&bytes, b.first(), self.mode, self.decode_options);
+        let mut instructions = Vec::with_capacity(b.count());
+        for _ in ops {
             match decode::next(&mut decoder) {
                 Fetched::Instruction(i) => instructions.push(i),
                 _ => return false,
             }
         }
-        if let Some(done) = instructions.first().and_then(|i| self.translate_idiom(b, i)) {
+        // What was copied is what the block was decoded from only if nobody has written meanwhile.
+        if !b.is_fresh() {
+            return false;
+        }
+        if let Some(done) = instructions.first().and_then(|i| self.translate_idiom(b, ops, i)) {
             return done;
         }
         let Some(t) = self.translator.as_mut() else { return false };
         let emit = Emit::new(t, b);
         let look = |to: i64| match usize::try_from(to).ok().filter(|&at| at < 4096) {
-            Some(at) => flags::wanted(&page[at..], self.mode, self.decode_options),
+            Some(at) => {
+                let mut bytes = [0; AHEAD];
+                let bytes = &mut bytes[..AHEAD.min(0x1000 - at)];
+                // SAFETY: all of the page that holds the block lies in RAM, which is mapped in pages.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(host.sub(first).add(at), bytes.as_mut_ptr(), bytes.len())
+                };
+                flags::wanted(bytes, self.mode, self.decode_options)
+            }
             None => ALL,
         };
-        let code = emit.block(&b.ops, &instructions, look);
+        let code = emit.block(ops, &instructions, look);
+        // The same of what it leads to.
+        if !b.is_fresh() {
+            return false;
+        }
         t.add(b, &code);
         true
     }
 
-    /// Translate a block that is one instruction across a page boundary: by the handler, if the second page is still what and where it was.
+    /// Translate a block that is one instruction across a page boundary, if the second page is still what and where it was: it says so itself.
     fn translate_crossing(&mut self, b: &Block) -> bool {
         let context = self.cache.context;
         let context_at = context_at(context == self.mmu.global_context);
-        let (Some(op), Some((word, value)), Some(t)) =
-            (b.ops.first(), b.second_stamp(), self.translator.as_mut())
-        else {
+        let Some(ops) = self.ops_of(b) else { return false };
+        // SAFETY: as in `try_to_translate`.
+        let ops = unsafe { &*ops };
+        let Some((next, word, value)) = b.second_page() else { return false };
+        let (Some(head), Some(tail)) = (self.mmu.ram.host(b.gpa()), self.mmu.ram.host(next)) else {
             return false;
         };
+        let mut bytes = [0; 15];
+        let (here, all) = ((0x1000 - b.first()) as usize, usize::from(b.bytes));
+        if here >= all || all > bytes.len() {
+            return false;
+        }
+        // SAFETY: so many bytes end the first page, and the others begin the second; both are RAM.
+        unsafe {
+            std::ptr::copy_nonoverlapping(head, bytes.as_mut_ptr(), here);
+            std::ptr::copy_nonoverlapping(tail, bytes.as_mut_ptr().add(here), all - here);
+        }
+        if !b.is_fresh() {
+            return false;
+        }
+        let mut decoder = decode::decoder(&bytes[..all], b.first(), self.mode, self.decode_options);
+        let Fetched::Instruction(i) = decode::next(&mut decoder) else { return false };
+        let Some(t) = self.translator.as_mut() else { return false };
         if t.room() < 4 * MOST_PER_OP {
             self.drop_translations();
             return false;
         }
         let mut emit = Emit::new(t, b);
-        emit.here = op.off.into();
-        emit.hows = vec![How::Call];
-        emit.wanted = vec![ALL];
+        emit.here = b.first() as i64;
         emit.guard(&[(word, value)], context_at, context, None);
-        emit.by_handler(op);
-        emit.go(i64::from(op.off) + i64::from(op.len));
-        emit.begin_cold();
-        emit.emit_outs();
-        let code = emit.c;
+        debug_assert_eq!(emit.c.bytes[crossing::CONTEXT..][..4], (context as u32).to_le_bytes());
+        let code = emit.block(ops, &[i], |_| ALL);
         t.add(b, &code);
         b.guarded.set(true);
         true
+    }
+
+    /// Another block is going to take the place of the one at `key`: if that crosses a page boundary its first page may be as it was, and jumps
+    /// from there still lead to its code.
+    pub(crate) fn replace_crossing(&mut self, key: u64) {
+        let Some(old) = self.cache.by_key(key) else { return };
+        // SAFETY: the cache keeps a block until another is decoded.
+        let old = unsafe { &*old };
+        if old.code.get() != 0
+            && !old.one_page()
+            && let Some(t) = self.translator.as_mut()
+        {
+            t.redirect(old);
+        }
     }
 
     /// Drop all translations, and blocks with them: code memory or the cache is full. Blocks stay valid until another is decoded.
@@ -218,6 +256,23 @@ pub(super) fn in_width(n: u8, like: Register) -> Register {
 }
 
 impl Translator {
+    /// `b`, which has code, has just been found where `context` is in force: if it crosses a page boundary, and its guard asks for something
+    /// else, let it ask for that.
+    pub(super) fn renew(&mut self, b: &Block, context_at: i32, context: u64) -> bool {
+        if b.one_page() {
+            return false;
+        }
+        let at = b.code.get() - self.memory.address(0);
+        let (mut wanted, mut old) = ([0; 8], [0; 8]);
+        wanted[..4].copy_from_slice(&context_at.to_le_bytes());
+        wanted[4..].copy_from_slice(&(context as u32).to_le_bytes());
+        let known = self.memory.read(at + crossing::CONTEXT_AT, &mut old) && old == wanted;
+        if !known {
+            self.memory.write(at + crossing::CONTEXT_AT, &wanted);
+        }
+        !known
+    }
+
     /// The code of `b`, which others may jump to, is out of date: they go by the jump table from now on.
     pub(super) fn redirect(&mut self, b: &Block) {
         if let Some(to) = self.add_detour(b.first()) {
@@ -257,10 +312,10 @@ impl Translator {
         self.used = (start + hot.len()).next_multiple_of(16);
         self.memory.write(self.cold_used, cold);
         let place = Place {
-            size: hot.len() as u32,
             seldom: self.cold_used as u32,
-            seldom_size: cold.len() as u32,
-            marks: code.marks.len() as u32,
+            seldom_size: cold.len() as u16,
+            size: hot.len() as u16,
+            marks: code.marks.len() as u8,
         };
         self.cold_used += cold.len();
         // For reports of faults only, so where it is in nobody's way.
@@ -272,13 +327,14 @@ impl Translator {
         self.blocks += 1;
         b.code.set(self.memory.address(start));
         crate::perf_map::note(self.memory.address(start), hot.len(), || {
-            format!("guest {:#x}+{:#x}", b.gpa, b.bytes)
+            format!("guest {:#x}+{:#x}", b.gpa(), b.bytes)
         });
     }
 }
 
 impl<'a> Emit<'a> {
     pub(super) fn new(t: &'a mut Translator, b: &Block) -> Emit<'a> {
+        let number = t.name(b);
         let Translator { memory, used, cold_used, stubs, encoder, info, links, fast_pext, recall, .. } = t;
         let probing = recall.probing(b.key());
         let start = *used;
@@ -293,6 +349,7 @@ impl<'a> Emit<'a> {
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             recall,
             key: b.key(),
+            number,
             probing,
             loops: false,
             at: At::Memory,
@@ -314,7 +371,7 @@ impl<'a> Emit<'a> {
             cold_start: *cold_used,
             cold_base: memory.address(*cold_used),
             hot_size: usize::MAX,
-            page: b.gpa & !0xfff,
+            page: b.gpa() & !0xfff,
         }
     }
 
@@ -355,23 +412,6 @@ impl Emit<'_> {
         })
     }
 
-    /// The handler executes `op`.
-    fn call(&mut self, op: *const Op) {
-        self.c.imm64(T0, op as u64);
-        let (base, to) = (self.base, self.stubs.call);
-        self.c.far(0xe8, base, to);
-    }
-
-    /// The handler executes `op`, which finds and leaves the flags in memory.
-    pub(super) fn by_handler(&mut self, op: *const Op) {
-        self.save_flags();
-        self.call(op);
-        if self.hows[self.n + 1..].iter().any(|h| matches!(h, How::Vector { .. })) {
-            self.need_vectors_after(op);
-        }
-        self.at = At::Memory;
-    }
-
     /// Encode a host instruction; false if it has no encoding.
     pub(super) fn host(&mut self, i: &Instruction) -> bool {
         let done = self.encoder.encode(i, 0).is_ok();
@@ -383,18 +423,6 @@ impl Emit<'_> {
         done
     }
 
-    /// A memory access's slow path, for when the fast one goes on here.
-    pub(super) fn slow_path(&mut self, from: impl Into<Option<Miss>>, op: *const Op, lost: Option<Producer>) {
-        let Some(from) = from.into() else { return };
-        let flags = self.wanted[self.n] != 0 && matches!(self.at, At::Host | At::Both);
-        self.slow.push(Slow { from, op, count: 1, back: self.c.at(), flags, lost });
-    }
-
-    /// For [`Emit::slow_path`]: what gives the flags, if they are lost.
-    pub(super) fn lost(&self) -> Option<Producer> {
-        self.producer.filter(|_| self.at == At::Lost)
-    }
-
     fn block(mut self, ops: &[Op], instructions: &[Instruction], look: impl Fn(i64) -> u32) -> Code {
         self.hows = instructions.iter().zip(ops).map(|(i, op)| how(i, op)).collect();
         let next = ops.last().map_or(0, |op| i64::from(op.off) + i64::from(op.len));
@@ -403,7 +431,9 @@ impl Emit<'_> {
         self.touches = instructions
             .iter()
             .zip(ops)
-            .map(|(i, op)| op.flags & op_flags::MEM != 0 || i.is_stack_instruction())
+            .map(|(i, op)| {
+                op.flags & op_flags::MEM != 0 || i.is_stack_instruction() || i.is_string_instruction()
+            })
             .collect();
         for (i, how) in instructions.iter().zip(&self.hows) {
             if let How::Vector { .. } = how {
@@ -493,31 +523,6 @@ impl Emit<'_> {
         if at >= self.hot_size { self.cold_start + (at - self.hot_size) } else { self.start + at }
     }
 
-    /// The slow paths of memory accesses.
-    pub(super) fn emit_slow(&mut self) {
-        for s in std::mem::take(&mut self.slow) {
-            self.c.land(s.from.from);
-            if let Some(r) = s.from.recalled {
-                for hole in self.emit_recalled(r) {
-                    self.c.land(hole);
-                }
-            }
-            if let Some(p) = s.lost {
-                self.replay_of(p, T1);
-                self.flags_to_memory(T1);
-            }
-            for n in 0..s.count {
-                self.call(s.op.wrapping_add(n));
-            }
-            self.need_vectors_after(s.op.wrapping_add(s.count - 1));
-            if s.flags {
-                self.flags_from_memory(T1);
-            }
-            let back = self.c.jmp();
-            self.c.fill(back, s.back);
-        }
-    }
-
     /// Make the vector state that the block needs live, if it is not, for what begins [`Emit::here`] bytes into the page. Flags are in memory.
     fn need_vectors(&mut self) {
         // The state of registers comes with either of the others.
@@ -534,7 +539,7 @@ impl Emit<'_> {
     }
 
     /// The same after an op's handler.
-    fn need_vectors_after(&mut self, op: *const Op) {
+    pub(super) fn need_vectors_after(&mut self, op: *const Op) {
         if self.vectors != 0 {
             // SAFETY: an op of the block that is being translated.
             let next = unsafe { i64::from((*op).off) + i64::from((*op).len) };
@@ -573,8 +578,7 @@ impl Emit<'_> {
                 }
             }
             How::Same if self.shift_by_cl(i) => {}
-            How::Same => self.same(i, op, &u, before, 1),
-            How::Vector { align } => self.same(i, op, &u, before, align),
+            how @ (How::Same | How::Vector { .. }) => self.same(i, op, &u, before, alignment(i, how)),
             How::Push => {
                 let (o, lost) = self.stack(SP, -8, true);
                 if i.op0_kind() == OpKind::Register {
@@ -612,6 +616,8 @@ impl Emit<'_> {
                 self.slow_path(o.miss, op, lost);
             }
             How::Divide => self.divide(i, op),
+            How::BitString => self.bit_string(i, op, u.writes && before != 0),
+            How::Repeat { moves, size } => self.repeat(op, moves, size),
             How::DisableInterrupts
             | How::EnableInterrupts
             | How::SwapGs

@@ -27,6 +27,15 @@ pub enum How {
     Leave,
     /// DIV or IDIV of 32 or 64 bits.
     Divide,
+    /// BT and its kin of memory, by the number of a bit in a register of 32 or 64 bits.
+    BitString,
+    /// REP STOS, or REP MOVS.
+    Repeat {
+        /// MOVS.
+        moves: bool,
+        /// Bytes of an element.
+        size: u8,
+    },
     /// A direct jump.
     Jump,
     /// Jcc.
@@ -62,6 +71,9 @@ pub enum How {
 pub fn how(i: &Instruction, op: &Op) -> How {
     use op_flags::*;
     let locks = op.flags & LOCK != 0 && op.flags & MEM != 0;
+    if let Some(repeat) = repeat(i, op) {
+        return repeat;
+    }
     if op.flags & (REP | REPNE) != 0 && !locks && !matches!(i.mnemonic(), M::Ret | M::Jmp | M::Call) {
         return How::Call;
     }
@@ -185,9 +197,17 @@ pub fn how(i: &Instruction, op: &Op) -> How {
         | M::Xadd
         | M::Cmpxchg
         | M::Cmpxchg8b
+        | M::Cmpxchg16b
         | M::Xchg
         | M::Movbe => true,
         M::Bt | M::Bts | M::Btr | M::Btc => {
+            if i.op0_kind() == OpKind::Memory
+                && i.op1_kind() == OpKind::Register
+                && plain_memory
+                && op.opsize >= 4
+            {
+                return How::BitString;
+            }
             i.op0_kind() == OpKind::Register || i.op1_kind() == OpKind::Immediate8
         }
         m => is_setcc(m) || is_cmov(m),
@@ -204,6 +224,19 @@ pub fn how(i: &Instruction, op: &Op) -> How {
     let moved =
         op.flags & MEM != 0 || (0..i.op_count()).any(|n| host(i.op_register(n)).is_none_or(|h| h >= 8));
     if same && sane && !(high && moved) { How::Same } else { How::Call }
+}
+
+/// REP STOS and REP MOVS with 64-bit addresses that no segment adds to.
+fn repeat(i: &Instruction, op: &Op) -> Option<How> {
+    use op_flags::*;
+    let moves = match i.mnemonic() {
+        M::Stosb | M::Stosw | M::Stosd | M::Stosq => false,
+        // As an SSE2 instruction MOVSD has the same name.
+        M::Movsb | M::Movsw | M::Movsd | M::Movsq if i.is_string_instruction() => true,
+        _ => return None,
+    };
+    let plain = op.flags & (REP | REPNE | FLAT | ADDR16 | ADDR32) == REP | FLAT;
+    (plain && matches!(op.opsize, 1 | 2 | 4 | 8)).then_some(How::Repeat { moves, size: op.opsize })
 }
 
 fn is_setcc(m: M) -> bool {
@@ -286,4 +319,13 @@ pub fn condition(i: &Instruction) -> u8 {
 /// Whether the memory operand of an instruction on the [`How::Same`] list is written.
 pub fn writes_memory(i: &Instruction) -> bool {
     i.op0_kind() == OpKind::Memory && !matches!(i.mnemonic(), M::Cmp | M::Test | M::Bt | M::Mul | M::Imul)
+}
+
+/// What the address of a memory operand must be a multiple of for `i`, whose host form is `how`.
+pub(super) fn alignment(i: &Instruction, how: How) -> u8 {
+    match how {
+        How::Vector { align } => align,
+        How::Same if i.mnemonic() == M::Cmpxchg16b => 16,
+        _ => 1,
+    }
 }

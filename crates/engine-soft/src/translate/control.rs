@@ -91,7 +91,7 @@ impl Emit<'_> {
     }
 
     fn link_within(&mut self, hole: Hole, to: i64) {
-        let link = self.add_link(Link { at: self.memory_offset(hole.0), page: Some(self.page) });
+        let link = self.add_link(Link::within(self.memory_offset(hole.0), self.page));
         self.outs.push(Out { from: vec![hole], to, why: Why::Link(link) });
     }
 
@@ -127,7 +127,7 @@ impl Emit<'_> {
             (skip.0 - start, jump.0 - start, self.c.at() - start),
             (guard::SKIP, guard::JUMP, guard::END)
         );
-        let link = self.add_link(Link { at: self.memory_offset(start), page: None });
+        let link = self.add_link(Link::guarded(self.memory_offset(start)));
         self.outs.push(Out { from: vec![skip], to, why: Why::Link(link) });
         self.outs.push(Out { from: vec![stale, elsewhere], to, why: Why::Guard(link) });
     }

@@ -5,7 +5,7 @@
 
 use super::asm::SP;
 use super::block::{Emit, number, pinned};
-use super::choose::{How, writes_memory};
+use super::choose::{How, alignment, writes_memory};
 use crate::cpu::ZERO;
 use crate::decode::{Op, op_flags};
 use crate::native;
@@ -62,8 +62,9 @@ fn access(i: &Instruction, op: &Op, how: How, moved: i32) -> Option<Access> {
         How::Pop if op.dst / 8 != 4 => Some(Access { base: SP, disp: moved, size: 8, write: false }),
         How::Return => Some(Access { base: SP, disp: moved, size: 8, write: false }),
         How::CallRelative => Some(Access { base: SP, disp: moved - 8, size: 8, write: true }),
-        How::Same | How::Vector { align: 1 }
-            if op.flags & op_flags::MEM != 0
+        How::Same | How::Vector { .. }
+            if alignment(i, how) == 1
+                && op.flags & op_flags::MEM != 0
                 && op.flags & op_flags::FLAT != 0
                 && op.index == ZERO
                 && homed(i) <= 1 =>

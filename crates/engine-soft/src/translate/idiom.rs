@@ -32,8 +32,8 @@ enum Meaning {
 
 impl Cpu {
     /// Translate `b`, whose one instruction is the relative CALL `i`, if it is one of these idioms. `None` if it is none.
-    pub(super) fn translate_idiom(&mut self, b: &Block, i: &Instruction) -> Option<bool> {
-        let [op] = &*b.ops else { return None };
+    pub(super) fn translate_idiom(&mut self, b: &Block, ops: &[Op], i: &Instruction) -> Option<bool> {
+        let [op] = ops else { return None };
         if i.code() != I::Call_rel32_64 || self.cpl != 0 {
             return None;
         }

@@ -7,6 +7,7 @@ use super::asm::{Address, Hole, T0, T1, TLB};
 use super::block::{Emit, pinned};
 use super::group::Group;
 use super::recall::Recalled;
+use super::refill::Refill;
 use super::stubs::{KEPT, reg_at};
 use crate::cpu::{Cpu, ZERO};
 use crate::decode::{Op, op_flags};
@@ -27,13 +28,22 @@ pub(super) struct Operand {
 #[derive(Clone, Copy)]
 pub(super) struct Miss {
     pub from: Hole,
+    /// What may help without the op's handler.
+    pub remedy: Option<Remedy>,
+}
+
+/// What may help an access that missed.
+#[derive(Clone, Copy)]
+pub(super) enum Remedy {
     /// It may only be that it went to another page than before.
-    pub recalled: Option<Recalled>,
+    Recall(Recalled),
+    /// It may only be that the TLB does not know the page yet.
+    Refill(Refill),
 }
 
 impl From<Hole> for Miss {
     fn from(from: Hole) -> Miss {
-        Miss { from, recalled: None }
+        Miss { from, remedy: None }
     }
 }
 
@@ -45,7 +55,7 @@ impl From<Hole> for Option<Miss> {
 
 impl From<(Hole, Recalled)> for Miss {
     fn from((from, recalled): (Hole, Recalled)) -> Miss {
-        Miss { from, recalled: Some(recalled) }
+        Miss { from, remedy: Some(Remedy::Recall(recalled)) }
     }
 }
 
@@ -159,15 +169,12 @@ impl Emit<'_> {
             return self.recall(which, at, wanted, true).into();
         }
         let miss = self.probe(at, wanted);
-        let addend =
-            Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 };
-        self.c.mem(0x8b, T1, addend);
-        miss.into()
+        self.c.mem(0x8b, T1, Emit::addend());
+        miss
     }
 
-    /// Leaves the entry's index in [`T1`]; [`T0`] is clobbered once `at` has been used.
-    fn probe(&mut self, at: Address, wanted: Wanted) -> Hole {
-        let tag = if wanted.write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
+    /// The index of the TLB's entry for the page of `at`, into [`T1`].
+    pub(super) fn index_of(&mut self, at: Address) {
         if self.fast_pext {
             let from = match at {
                 Address { base: Some(r), index: None, disp: 0 } => r,
@@ -187,6 +194,18 @@ impl Emit<'_> {
             self.c.raw(&[0x41, 0x81, 0xe6]); // and r14d
             self.c.raw(&((INDEX_MASK >> 12) as u32).to_le_bytes());
         }
+    }
+
+    /// The distance from guest to host addresses in the TLB's entry whose index is in [`T1`].
+    pub(super) fn addend() -> Address {
+        Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 }
+    }
+
+    /// Leaves the entry's index in [`T1`]; [`T0`] is clobbered once `at` has been used.
+    pub(super) fn probe(&mut self, at: Address, wanted: Wanted) -> Miss {
+        let again = self.c.at();
+        let tag = if wanted.write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
+        self.index_of(at);
         if wanted.align > 1 {
             // A misaligned address keeps a bit that no tag has; an aligned operand lies in one page.
             match at {
@@ -206,19 +225,13 @@ impl Emit<'_> {
         }
         // cmp r13, [tags + r14 * 8]
         self.c.mem(0x3b, T0, Address { base: Some(TLB), index: Some((T1, 3)), disp: tag as i32 });
-        self.c.jcc(5)
+        Miss { from: self.c.jcc(5), remedy: Refill::new(at, wanted, again).map(Remedy::Refill) }
     }
 
-    fn placed(&mut self, at: Address, uses_t0: bool, miss: Hole) -> Operand {
-        let miss = Some(miss.into());
-        let addend =
-            Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 };
-        let one = match at {
-            Address { base: Some(r), index: None, .. } => Some((r, 0)),
-            Address { base: None, index, .. } => index,
-            _ => None,
-        };
-        match one {
+    fn placed(&mut self, at: Address, uses_t0: bool, miss: Miss) -> Operand {
+        let miss = Some(miss);
+        let addend = Emit::addend();
+        match at.single() {
             Some(i) if !uses_t0 => {
                 self.c.mem(0x8b, T1, addend);
                 let at = Address { base: Some(T1), index: Some(i), disp: at.disp };

@@ -5,12 +5,14 @@
 //! points to the [`Cpu`], R15 to the TLB set in force; R13 and R14 are scratch. Guest vector registers and MXCSR live in the host's from the
 //! first instruction that wants them until something else than translated code runs ([`stubs::live`]). Guest flags are host flags while they
 //! last; where host code clobbers them while they are still wanted ([`flags`]) they are made anew, or go to [`Cpu::arith`] ([`replay`]). A
-//! memory access probes the TLB inline ([`memory`]); what misses, and every instruction that has no host form here, is executed by the
-//! interpreter's handler for the op, which sees the same state.
+//! memory access probes the TLB inline ([`memory`]), or compares with the page that it went to last ([`recall`]); what misses has its entry
+//! made and tries again ([`refill`]). Where that does not help, and for every instruction that has no host form here, the interpreter's
+//! handler for the op executes it, which sees the same state.
 //!
 //! How blocks lead to one another: [`control`].
 
 mod asm;
+mod bits;
 mod block;
 mod choose;
 mod control;
@@ -22,7 +24,10 @@ mod idiom;
 mod memory;
 mod place;
 mod recall;
+mod refill;
 mod replay;
+mod slow;
+mod strings;
 mod stubs;
 mod system;
 mod uses;
@@ -57,7 +62,7 @@ mod exit {
     pub const POLL: u64 = 0;
     /// There is no code for `regs[RIP]`.
     pub const LOOK_UP: u64 = 1;
-    /// An op (the second value) ended the block; the next instruction follows it.
+    /// An op ended the block; the next instruction follows it.
     pub const ADVANCE: u64 = 2;
     /// An op branched.
     pub const BRANCH: u64 = 3;
@@ -92,9 +97,29 @@ const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, word: std::ptr::null(), 
 #[derive(Clone, Copy)]
 pub(super) struct Link {
     /// Offset in code memory of its distance, or of its guard ([`control::guard`]).
-    at: usize,
-    /// For a jump within a page that physical page; else it has a guard.
-    page: Option<u64>,
+    at: u32,
+    /// For a jump within a page that physical page's number, or [`Link::TOO_HIGH`]; else [`Link::GUARDED`].
+    page: u32,
+}
+
+impl Link {
+    /// It has a guard.
+    const GUARDED: u32 = u32::MAX;
+    /// 16 TiB or more: not linked.
+    const TOO_HIGH: u32 = u32::MAX - 1;
+
+    /// For a jump within the page at `gpa`.
+    fn within(at: usize, gpa: u64) -> Link {
+        Link { at: at as u32, page: Link::page_of(gpa) }
+    }
+
+    fn guarded(at: usize) -> Link {
+        Link { at: at as u32, page: Link::GUARDED }
+    }
+
+    fn page_of(gpa: u64) -> u32 {
+        (gpa >> 12).min(Link::TOO_HIGH.into()) as u32
+    }
 }
 
 /// What generated code finds in the [`Cpu`].
@@ -144,6 +169,8 @@ pub struct Translator {
     encoder: iced_x86::Encoder,
     info: iced_x86::InstructionInfoFactory,
     links: Vec<Link>,
+    /// Blocks by number.
+    named: Vec<*const Block>,
     recall: recall::Recall,
     fast_pext: bool,
     panic: Option<Box<dyn std::any::Any + Send>>,
@@ -159,7 +186,7 @@ pub struct Translator {
     pub exits: [u64; EXITS.len()],
 }
 
-// SAFETY: the raw pointers of the jump table are to words that guest memory holds; one thread uses a translator at a time.
+// SAFETY: the raw pointers are to words that guest memory holds and to blocks of the same vCPU's cache; one thread uses a translator at a time.
 unsafe impl Send for Translator {}
 
 impl Hot {
@@ -199,7 +226,7 @@ impl Translator {
     /// # Errors
     /// When the host gives no memory for code.
     pub fn with_size(size: usize) -> std::io::Result<Box<Translator>> {
-        let mut memory = CodeMemory::new(size)?;
+        let mut memory = CodeMemory::new(size, true)?;
         let stubs = Stubs::write(&mut memory);
         Ok(Box::new(Translator {
             cold_used: size / 2,
@@ -210,6 +237,7 @@ impl Translator {
             encoder: iced_x86::Encoder::new(64),
             info: iced_x86::InstructionInfoFactory::new(),
             links: Vec::new(),
+            named: Vec::new(),
             recall: recall::Recall::new(),
             fast_pext: fast_pext(),
             panic: None,
@@ -229,8 +257,19 @@ impl Translator {
         self.jumps[(rip ^ rip >> 12) as usize % JUMPS] = Jump { rip, context, word, value, code };
     }
 
-    /// Bytes free in the half that has fewer.
+    /// The number of `b`, which the cache holds until it is emptied.
+    fn name(&mut self, b: &Block) -> u32 {
+        b.number(|| {
+            self.named.push(b);
+            (self.named.len() - 1) as u32
+        })
+    }
+
+    /// Bytes free in the half that has fewer, if there are numbers for further blocks.
     fn room(&self) -> usize {
+        if self.named.len() >> (u32::BITS - OpName::OFFSET) != 0 {
+            return 0;
+        }
         (self.memory.size() / 2).saturating_sub(self.used).min(self.memory.size() - self.cold_used)
     }
 
@@ -240,38 +279,83 @@ impl Translator {
         self.cold_used = self.memory.size() / 2;
         self.jumps.fill(NO_JUMP);
         self.links.clear();
+        self.named.clear();
         self.recall.clear();
     }
 }
 
-/// Execute one op for translated code; an [`exit`] code, or 0 to go on.
-extern "C" fn call_op(cpu: *mut Cpu, op: *const Op) -> u32 {
-    // SAFETY: translated code passes the Cpu that it runs for, to which no other reference is in use meanwhile, and an op of a block that the cache holds.
-    let (cpu, op) = unsafe { (&mut *cpu, &*op) };
+/// What translated code names an op by: its block's number and, in the low bits, its offset in the page.
+#[derive(Clone, Copy)]
+struct OpName(u32);
+
+impl OpName {
+    /// Bits of the offset.
+    const OFFSET: u32 = 12;
+
+    fn new(block: u32, off: u16) -> OpName {
+        OpName(block << OpName::OFFSET | u32::from(off))
+    }
+
+    fn block(self) -> usize {
+        (self.0 >> OpName::OFFSET) as usize
+    }
+
+    fn off(self) -> u16 {
+        (self.0 & ((1 << OpName::OFFSET) - 1)) as u16
+    }
+}
+
+/// Execute `count` ops of a block for translated code; an [`exit`] code, or 0 to go on behind them. [`Cpu::current`] is the last one executed.
+extern "C" fn call_ops(cpu: *mut Cpu, name: u32, count: u32) -> u32 {
+    // SAFETY: translated code passes the Cpu that it runs for, to which no other reference is in use meanwhile.
+    let cpu = unsafe { &mut *cpu };
     if cpu.hot.missing != 0 {
         cpu.reconsider();
     }
+    let name = OpName(name);
+    let Some(first) = cpu.named(name) else {
+        // The code has changed: on with what is there now.
+        cpu.regs[usize::from(RIP)] = cpu.regs[usize::from(RIP)].wrapping_add(name.off().into());
+        return exit::BRANCH as u32;
+    };
+    let done = catch_unwind(AssertUnwindSafe(|| {
+        // SAFETY: so many are there from the first on; no others are had back, and no block gets a translation, until they are done.
+        let ops = unsafe { std::slice::from_raw_parts(first, count as usize) };
+        ops.iter().map(|op| call_op(cpu, op)).find(|&code| code != 0)
+    }));
+    let code = done.unwrap_or_else(|panic| {
+        if let Some(t) = &mut cpu.translator {
+            t.panic = Some(panic);
+        }
+        Some(exit::PANIC)
+    });
+    code.unwrap_or(0) as u32
+}
+
+/// Execute one op: as for [`call_ops`].
+fn call_op(cpu: &mut Cpu, op: &Op) -> u64 {
     // Just this op: frequent handlers would go on to the next one below `block_end`. Null afterwards means that the block is to end.
     cpu.current = op;
     cpu.block_end = op;
-    let code = match catch_unwind(AssertUnwindSafe(|| (op.run)(cpu, op))) {
-        Ok(Ok(Flow::Next)) if !cpu.block_end.is_null() => 0,
-        Ok(Ok(Flow::Next | Flow::EndBlock)) if cpu.may_resume() => {
+    match (op.run)(cpu, op) {
+        Ok(Flow::Next) if !cpu.block_end.is_null() => 0,
+        Ok(Flow::Next | Flow::EndBlock) if cpu.may_resume() => {
             cpu.regs[usize::from(RIP)] = cpu.next_ip(op);
             exit::RESUME
         }
-        Ok(Ok(Flow::Next | Flow::EndBlock)) => exit::ADVANCE,
-        Ok(Ok(Flow::Branch)) if cpu.may_resume() => exit::RESUME,
-        Ok(Ok(Flow::Branch)) => exit::BRANCH,
-        Ok(Err(_)) => exit::TRAP,
-        Err(panic) => {
-            if let Some(t) = &mut cpu.translator {
-                t.panic = Some(panic);
-            }
-            exit::PANIC
-        }
-    };
-    code as u32
+        Ok(Flow::Next | Flow::EndBlock) => exit::ADVANCE,
+        Ok(Flow::Branch) if cpu.may_resume() => exit::RESUME,
+        Ok(Flow::Branch) => exit::BRANCH,
+        Err(_) => exit::TRAP,
+    }
+}
+
+/// For translated code whose access missed the TLB: 0 if it can be tried again. `wanted` is its size less one, and [`refill::WRITE`] for a store.
+extern "sysv64" fn refill_tlb(cpu: *mut Cpu, lin: u64, wanted: u32) -> u32 {
+    // SAFETY: translated code passes the Cpu that it runs for, to which no other reference is in use meanwhile.
+    let cpu = unsafe { &mut *cpu };
+    let size = (wanted & !refill::WRITE) as usize + 1;
+    u32::from(!cpu.refill(lin, size, wanted & refill::WRITE != 0))
 }
 
 /// For translated code that goes on where the jump table knows nothing: the code's address, or 0 to leave.
@@ -320,15 +404,18 @@ impl Cpu {
     pub(crate) fn run_translated(&mut self, block: *const Block) -> Option<After> {
         // SAFETY: the cache keeps a block until another is decoded.
         let b = unsafe { &*block };
-        if std::mem::take(&mut self.hot.interpret) && (!b.guarded.get() || b.code.get() != 0) {
+        if std::mem::take(&mut self.hot.interpret) && b.code.get() != 0 {
             if b.guarded.get() {
                 // Its guard is out of date; the block is not, as it has just been found.
                 let rip = self.regs[usize::from(RIP)];
+                if self.renew_guard(b) {
+                    return Some(self.enter(b));
+                }
                 let t = self.translator.as_mut()?;
                 t.redirect(b);
                 t.jumps[(rip ^ rip >> 12) as usize % JUMPS] = NO_JUMP;
                 b.code.set(0);
-                b.heat.set(0);
+                b.cool();
                 b.guarded.set(false);
             }
             return None;
@@ -341,6 +428,13 @@ impl Cpu {
             }
         }
         Some(self.enter(b))
+    }
+
+    /// See [`Translator::renew`].
+    fn renew_guard(&mut self, b: &Block) -> bool {
+        let context = self.cache.context;
+        let at = control::context_at(context == self.mmu.global_context);
+        self.translator.as_mut().is_some_and(|t| t.renew(b, at, context))
     }
 
     /// Which vector instructions translated code may execute by itself: those that cannot fault for what control registers and MXCSR say.
@@ -375,6 +469,24 @@ impl Cpu {
         may
     }
 
+    /// The op that translated code means; `None` if it is no longer known and the code has changed.
+    #[inline]
+    fn named(&mut self, name: OpName) -> Option<*const Op> {
+        let recent = self.cache.kept.recent(name.0);
+        if recent.is_some() {
+            return recent;
+        }
+        let block = *self.translator.as_ref()?.named.get(name.block())?;
+        // SAFETY: blocks that have numbers are held as long as those are.
+        let ops = self.ops_of(unsafe { &*block })?;
+        // SAFETY: just found.
+        let ops = unsafe { &*ops };
+        let n = ops.partition_point(|op| op.off < name.off());
+        let op = ops.get(n).filter(|op| op.off == name.off())?;
+        self.cache.kept.note(name.0, op);
+        Some(op)
+    }
+
     #[inline]
     fn enter(&mut self, b: &Block) -> After {
         let rip = self.regs[usize::from(RIP)];
@@ -391,7 +503,7 @@ impl Cpu {
         let Some(t) = self.translator.as_deref() else { return After::GoOn };
         let t: *const Translator = t;
         // SAFETY: the translator lives in a box of its own, which nothing that runs meanwhile replaces.
-        let (why, what) = stubs::enter(unsafe { &*t }, self, b.code.get());
+        let why = stubs::enter(unsafe { &*t }, self, b.code.get());
         if let Some(t) = self.translator.as_mut()
             && let Some(n) = t.exits.get_mut(why as usize)
         {
@@ -400,13 +512,11 @@ impl Cpu {
         match why {
             exit::POLL => After::Poll,
             exit::ADVANCE => {
-                let op = what as *const Op;
-                // SAFETY: the op belongs to a block that is still held.
-                let rip = unsafe { self.next_ip(&*op) };
-                self.regs[usize::from(RIP)] = rip;
+                // SAFETY: the op belongs to a block that is still held, and its ops are.
+                self.regs[usize::from(RIP)] = unsafe { self.next_ip(&*self.current) };
                 After::GoOn
             }
-            exit::TRAP => After::Trap(what as *const Op),
+            exit::TRAP => After::Trap(self.current),
             exit::PANIC | exit::LOOK_UP => match self.translator.as_mut().and_then(|t| t.panic.take()) {
                 Some(panic) => resume_unwind(panic),
                 None => After::GoOn,
@@ -436,6 +546,9 @@ impl Cpu {
                 return None;
             }
         }
+        if b.guarded.get() {
+            self.renew_guard(b);
+        }
         let rip = self.regs[usize::from(RIP)];
         let context = self.cache.context;
         let t = self.translator.as_mut()?;
@@ -457,26 +570,26 @@ impl Cpu {
         let Some(&link) = t.links.get(number) else { return };
         let to = b.code.get();
         let distance = |from: usize| (to.wrapping_sub(t.memory.address(from + 4)) as u32).to_le_bytes();
+        let at = link.at as usize;
         match link.page {
-            Some(page) => {
-                // The page may be mapped elsewhere now, without the guest having said so.
-                if page != b.gpa & !0xfff {
-                    return;
-                }
-                let to = distance(link.at);
-                t.memory.write(link.at, &to);
-            }
-            None => {
+            Link::GUARDED => {
                 use control::guard;
                 let (word, value) = b.stamp();
-                let to = distance(link.at + guard::JUMP);
-                let at = link.at;
+                let to = distance(at + guard::JUMP);
                 t.memory.write(at + guard::WORD, &(word as u64).to_le_bytes());
                 t.memory.write(at + guard::VALUE, &value.to_le_bytes());
                 t.memory.write(at + guard::CONTEXT_AT, &control::context_at(global).to_le_bytes());
                 t.memory.write(at + guard::CONTEXT, &(context as u32).to_le_bytes());
                 t.memory.write(at + guard::JUMP, &to);
                 t.memory.write(at + guard::SKIP, &0u32.to_le_bytes());
+            }
+            page => {
+                // The page may be mapped elsewhere now, without the guest having said so.
+                if page != Link::page_of(b.gpa()) || page == Link::TOO_HIGH {
+                    return;
+                }
+                let to = distance(at);
+                t.memory.write(at, &to);
             }
         }
         t.linked += 1;

@@ -55,7 +55,7 @@ impl Translator {
     /// Where the code of instruction `n` begins.
     fn mark(&self, p: crate::cache::Place, n: usize) -> u16 {
         let mut two = [0xff; 2];
-        self.memory.read((p.seldom + p.seldom_size) as usize + n * two.len(), &mut two);
+        self.memory.read(p.seldom as usize + usize::from(p.seldom_size) + n * two.len(), &mut two);
         u16::from_le_bytes(two)
     }
 

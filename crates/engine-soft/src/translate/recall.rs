@@ -8,11 +8,11 @@
 use super::asm::{Address, Code, Hole, SP, T0, T1, TLB};
 use super::block::Emit;
 use super::memory::{Operand, Wanted};
-use super::stubs::MISSING;
-use super::{MOST_PER_OP, Translator};
+use super::stubs::{MISSING, Saved};
+use super::{MOST_PER_OP, Translator, refill};
 use crate::cpu::{Cpu, RIP, ZERO};
 use crate::decode::{Op, op_flags};
-use crate::hash::BuildKeyHasher;
+use crate::hash::{BuildKeyHasher, mix};
 use crate::mmu::{INDEX_MASK, PATIENCE, PLACES, Place, Places, TlbSet};
 use std::collections::HashMap;
 use std::mem::offset_of;
@@ -120,7 +120,7 @@ const _: () = assert!(size_of::<Place>() == 16 && PLACES.is_power_of_two() && PL
 
 /// The place of loads from what `n` stands for; stores have the next one, as a page may be there to be read only.
 fn shared(n: u64) -> u16 {
-    (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u16 % (SHARED / 2) * 2
+    (mix(n) >> 32) as u16 % (SHARED / 2) * 2
 }
 
 impl Emit<'_> {
@@ -155,7 +155,6 @@ impl Emit<'_> {
         distance: bool,
     ) -> (Hole, Recalled) {
         let id = self.recall.add(which, wanted.write, Site { block: self.key, op: self.n as u8 });
-        let in_t0 = Address { base: Some(T0), index: None, disp: 0 };
         self.linear(ea);
         let checked = if distance {
             T0
@@ -179,12 +178,11 @@ impl Emit<'_> {
             self.c.rm(0x03, T0, TLB, addend);
         }
         let ea = distance.then_some(ea);
-        debug_assert!(ea.is_none_or(|ea| ea != in_t0));
         (miss, Recalled { ea, id, wanted, back: self.c.at() })
     }
 
     /// A linear address into [`T0`].
-    fn linear(&mut self, ea: Address) {
+    pub(super) fn linear(&mut self, ea: Address) {
         match ea {
             Address { base: Some(T0), index: None, disp: 0 } => {}
             Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T0, r),
@@ -200,12 +198,7 @@ impl Emit<'_> {
         uses_t0: bool,
         wanted: Wanted,
     ) -> Operand {
-        let one = match ea {
-            Address { base: Some(r), index: None, .. } => Some((r, 0)),
-            Address { base: None, index, .. } => index,
-            _ => None,
-        };
-        match one {
+        match ea.single() {
             Some(index) if !uses_t0 => {
                 let (from, recalled) = self.recall(which, ea, wanted, true);
                 let at = Address { base: Some(T1), index: Some(index), disp: ea.disp };
@@ -234,10 +227,7 @@ impl Emit<'_> {
         if let Some(ea) = r.ea {
             self.linear(ea);
         }
-        if r.wanted.align > 1 {
-            self.c.raw(&[0x41, 0xf6, 0xc5, r.wanted.align - 1]); // test r13b
-            slow.push(self.c.jcc(5));
-        }
+        slow.extend(self.misaligned(r.wanted));
         self.c.raw(&[0x68]); // push
         self.c.raw(&(r.id | (r.wanted.size.max(1) as u32 - 1) << 24).to_le_bytes());
         let (base, to) =
@@ -255,7 +245,8 @@ impl Emit<'_> {
 
 /// The stub that a miss of a place calls, having pushed the place's number and the access's size less one from bit 24 on: the linear address
 /// in [`T0`] is looked up, and entered at the place. With ZF the distance is in [`T1`]; without, the handler is to do it.
-pub(super) fn stub(c: &mut Code, write: bool, fast_pext: bool) {
+pub(super) fn stub(c: &mut Code, write: bool, fast_pext: bool, saved: &Saved) {
+    let again = c.at();
     let tags = if write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
     let entry = |disp: usize| Address { base: Some(TLB), index: Some((T1, 3)), disp: disp as i32 };
     if fast_pext {
@@ -322,7 +313,11 @@ pub(super) fn stub(c: &mut Code, write: bool, fast_pext: bool) {
     c.mem(0x8b, T1, entry(offset_of!(TlbSet, addend)));
     c.raw(&[0x58, 0x39, 0xc0, 0xc2, 8, 0]); // pop rax; cmp eax, eax; ret 8
     c.land(fail);
-    c.raw(&[0x58, 0xc2, 8, 0]); // pop rax; ret 8
+    c.raw(&[0x58]); // pop rax
+    refill::body(c, write, saved, 3);
+    let filled = c.jcc(4);
+    c.fill(filled, again);
+    c.raw(&[0xc2, 8, 0]); // ret 8
 }
 
 impl Translator {
@@ -351,7 +346,7 @@ impl Cpu {
         let b = unsafe { &*block };
         let Some(t) = self.translator.as_mut() else { return };
         let old = b.code.get();
-        if old == 0 || b.guarded.get() || !b.is_fresh() || t.room() < (b.ops.len() + 4) * MOST_PER_OP {
+        if old == 0 || b.guarded.get() || !b.is_fresh() || t.room() < (b.count() + 4) * MOST_PER_OP {
             return;
         }
         *t.recall.probing.entry(site.block).or_default() |= 1 << site.op;

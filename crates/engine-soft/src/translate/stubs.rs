@@ -6,7 +6,7 @@
 //! predicts. The budget bounds how deep it gets. Below the first pair is one that no return address matches.
 
 use super::asm::{Code, HOST_SP, SP, T0, T1, TLB};
-use super::{Hot, JUMPS, Jump, Translator, call_op, exit};
+use super::{Hot, JUMPS, Jump, Translator, call_ops, exit};
 use crate::codemem::CodeMemory;
 use crate::cpu::{Cpu, RIP, Vectors};
 use crate::mmu::Mmu;
@@ -56,7 +56,8 @@ pub const MISSING: i32 = hot_at(offset_of!(Hot, missing));
 pub const UNDO: i32 = hot_at(offset_of!(Hot, undo));
 const ALLOWED: i32 = hot_at(offset_of!(Hot, allowed));
 const BASE: i32 = hot_at(offset_of!(Hot, base));
-const SELF: i32 = hot_at(offset_of!(Hot, cpu));
+/// Offset of the vCPU's own address.
+pub const SELF: i32 = hot_at(offset_of!(Hot, cpu));
 const CODE_BASE: i32 = hot_at(offset_of!(Hot, code));
 const JUMP_TABLE: i32 = hot_at(offset_of!(Hot, jumps));
 const HOST_MXCSR: i32 = hot_at(offset_of!(Hot, host_mxcsr));
@@ -76,6 +77,48 @@ pub mod live {
 /// The guest's return address in the lowest pair on the host's stack: not canonical.
 const NO_RETURN: u64 = 0x8000_5a5a_0000_a5a5;
 
+/// How stubs put guest registers aside. Offsets of the pieces that they call.
+pub struct Saved {
+    save_vectors: usize,
+    load_vectors: usize,
+}
+
+impl Saved {
+    /// General registers go to the `Cpu`.
+    pub fn spill(&self, c: &mut Code) {
+        for (guest, host) in PINNED {
+            c.store_cpu(host, reg_at(guest));
+        }
+    }
+
+    /// The other way; flags stay.
+    pub fn reload(&self, c: &mut Code) {
+        for (guest, host) in PINNED {
+            c.load_cpu(host, reg_at(guest));
+        }
+        c.load_cpu(TLB, TLB_SET);
+    }
+
+    /// What is live of the vector state goes to the `Cpu`. General registers stay.
+    pub fn vectors(&self, c: &mut Code) {
+        c.cpu32(&[0x80], 7, LIVE);
+        c.raw(&[0]); // cmp byte [live], 0
+        let dead = c.jcc(4);
+        let call = c.call();
+        c.fill(call, self.save_vectors);
+        c.land(dead);
+    }
+
+    /// What AL says was live of the vector state is live again.
+    pub fn vectors_back(&self, c: &mut Code) {
+        c.raw(&[0x84, 0xc0]); // test al, al
+        let dead = c.jcc(4);
+        let call = c.call();
+        c.fill(call, self.load_vectors);
+        c.land(dead);
+    }
+}
+
 /// Addresses of the stubs.
 pub struct Stubs {
     enter: usize,
@@ -89,8 +132,10 @@ pub struct Stubs {
     pub look_up: usize,
     /// Go to the block at the guest address in [`T0`], to which a RET led that no host RET serves.
     pub return_miss: usize,
-    /// Call the handler of the op in [`T0`]. To be called.
+    /// Call the handler of the op that [`T0`] names ([`super::OpName`]). To be called.
     pub call: usize,
+    /// The same of as many ops from there on as [`T1`] says.
+    pub call_several: usize,
     /// Make the vector state live; [`T0`] says what is needed ([`live`], from bit 16 on) and where it is (offset in the page). To be called.
     /// Leaves with [`exit::INTERPRET`] if that is not allowed.
     pub vectors: usize,
@@ -98,26 +143,11 @@ pub struct Stubs {
     pub recall_read: usize,
     /// The same for stores.
     pub recall_write: usize,
+    /// See [`super::refill::stub`].
+    pub refill_read: usize,
+    /// The same for stores.
+    pub refill_write: usize,
     pub end: usize,
-}
-
-#[repr(C)]
-struct Returned {
-    why: u64,
-    what: u64,
-}
-
-fn spill(c: &mut Code) {
-    for (guest, host) in PINNED {
-        c.store_cpu(host, reg_at(guest));
-    }
-}
-
-fn reload(c: &mut Code) {
-    for (guest, host) in PINNED {
-        c.load_cpu(host, reg_at(guest));
-    }
-    c.load_cpu(TLB, TLB_SET);
 }
 
 /// Move all vector registers (`avx`), or their lower halves, between the `Cpu` and the host's.
@@ -169,14 +199,26 @@ impl Stubs {
         c.land(plain);
         c.cpu32(&[0xc6], 0, LIVE);
         c.raw(&[0, 0xc3]); // mov byte [live], 0; ret
-        let save_if_live = |c: &mut Code| {
-            c.cpu32(&[0x80], 7, LIVE);
-            c.raw(&[0]); // cmp byte [live], 0
-            let dead = c.jcc(4);
-            let call = c.call();
-            c.fill(call, save_vectors);
-            c.land(dead);
-        };
+        // The way back, of what AL says.
+        let load_vectors = c.at();
+        if avx {
+            c.raw(&[0xa8, live::AVX]); // test al
+            let halves = c.jcc(4);
+            vectors(&mut c, false, true);
+            let loaded = c.jmp();
+            c.land(halves);
+            vectors(&mut c, false, false);
+            c.land(loaded);
+        } else {
+            vectors(&mut c, false, false);
+        }
+        c.raw(&[0xa8, live::MXCSR]); // test al
+        let plain = c.jcc(4);
+        mxcsr(&mut c, 2, MXCSR);
+        c.land(plain);
+        c.cpu32(&[0x88], 0, LIVE);
+        c.raw(&[0xc3]); // mov [live], al; ret
+        let saved = Saved { save_vectors, load_vectors };
 
         // The way in: fn(cpu: rdi, code: rsi). Six pushes and eight bytes leave the stack aligned to 16, and so do the pairs.
         let enter = base + c.at();
@@ -189,11 +231,11 @@ impl Stubs {
         c.raw(&[0x50]);
         c.store_cpu(HOST_SP, BASE);
         c.mov(T0, 6);
-        reload(&mut c);
+        saved.reload(&mut c);
         c.raw(&[0x41, 0xff, 0xe5]); // jmp r13
-        // The way out; guest registers are in memory, RAX and RDX hold the result.
+        // The way out; guest registers are in memory, RAX holds the result.
         let leave = c.at();
-        save_if_live(&mut c);
+        saved.vectors(&mut c);
         c.load_cpu(HOST_SP, BASE);
         c.raw(&[0x48, 0x83, 0xc4, 0x18]); // add rsp, 24
         c.raw(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
@@ -205,8 +247,7 @@ impl Stubs {
         let simple = |c: &mut Code, code: u64, relative: bool| {
             let at = base + c.at();
             c.cpu(if relative { 0x01 } else { 0x89 }, T0, RIP_AT); // add or mov [rip], r13
-            spill(c);
-            c.mov(2, T1);
+            saved.spill(c);
             leave_with(c, code);
             at
         };
@@ -214,9 +255,9 @@ impl Stubs {
         let poll_absolute = simple(&mut c, exit::POLL, false) - base;
         // Ask for the code for the RIP in memory; what is not there takes the run loop. The pairs on the stack stay good.
         let resolved = |c: &mut Code, function: usize| {
-            spill(c);
+            saved.spill(c);
             c.mov(6, T1);
-            save_if_live(c);
+            saved.vectors(c);
             c.load_cpu(7, SELF);
             c.imm64(0, function as u64);
             c.raw(&[0xff, 0xd0]); // call rax
@@ -232,38 +273,40 @@ impl Stubs {
         c.raw(&[0x48, 0x83, 0xec, 0x08]); // sub rsp, 8
         resolved(&mut c, super::resolve as *const () as usize);
         c.raw(&[0x48, 0x83, 0xc4, 0x08]); // add rsp, 8
-        reload(&mut c);
+        saved.reload(&mut c);
         c.raw(&[0xc3]);
         let link = base + c.at();
         c.cpu(0x01, T0, RIP_AT); // add [rip], r13
         resolved(&mut c, super::resolve_link as *const () as usize);
-        reload(&mut c);
+        saved.reload(&mut c);
         c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
         let interpret = simple(&mut c, exit::INTERPRET, true);
 
         let call = base + c.at();
-        spill(&mut c);
-        save_if_live(&mut c);
-        c.raw(&[0x41, 0x55]); // push r13
+        c.imm(T1, 1);
+        let call_several = base + c.at();
+        saved.spill(&mut c);
+        saved.vectors(&mut c);
         c.load_cpu(7, SELF);
         c.mov(6, T0);
-        c.imm64(0, call_op as *const () as u64);
+        c.mov(2, T1);
+        c.raw(&[0x50]); // push rax: the stack is aligned
+        c.imm64(0, call_ops as *const () as u64);
         c.raw(&[0xff, 0xd0]); // call rax
-        c.raw(&[0x41, 0x5d]); // pop r13
+        c.raw(&[0x59]); // pop rcx
         c.raw(&[0x85, 0xc0]); // test eax, eax
         let stop = c.jcc(5);
-        reload(&mut c);
+        saved.reload(&mut c);
         c.raw(&[0xc3]);
         c.land(stop);
         c.raw(&[0x83, 0xf8, exit::RESUME as u8]); // cmp eax
         let resume = c.jcc(4);
-        c.mov(2, T0);
         let hole = c.jmp();
         c.fill(hole, leave);
         // On by the jump table. The mapping may have changed, so nothing on the stack counts.
         c.land(resume);
         c.load_cpu(HOST_SP, BASE);
-        reload(&mut c);
+        saved.reload(&mut c);
         c.load_cpu(T0, RIP_AT);
         // What the op itself asked for is due now.
         c.load_cpu(T1, REQUESTS);
@@ -392,9 +435,13 @@ impl Stubs {
 
         let fast_pext = super::fast_pext();
         let recall_read = base + c.at();
-        super::recall::stub(&mut c, false, fast_pext);
+        super::recall::stub(&mut c, false, fast_pext, &saved);
         let recall_write = base + c.at();
-        super::recall::stub(&mut c, true, fast_pext);
+        super::recall::stub(&mut c, true, fast_pext, &saved);
+        let refill_read = base + c.at();
+        super::refill::stub(&mut c, false, &saved);
+        let refill_write = base + c.at();
+        super::refill::stub(&mut c, true, &saved);
 
         c.bytes[no_return..no_return + 8].copy_from_slice(&lowest_pair.to_le_bytes());
         memory.write(0, &c.bytes);
@@ -407,21 +454,23 @@ impl Stubs {
             look_up,
             return_miss,
             call,
+            call_several,
             vectors: vectors_at,
             recall_read,
             recall_write,
+            refill_read,
+            refill_write,
             end,
         }
     }
 }
 
-/// Execute translated code; the exit code and its value.
+/// Execute translated code; the exit code.
 #[inline]
-pub fn enter(t: &Translator, cpu: *mut Cpu, code: usize) -> (u64, u64) {
+pub fn enter(t: &Translator, cpu: *mut Cpu, code: usize) -> u64 {
     // SAFETY: the stub follows this signature and keeps to the System V ABI.
-    let f: extern "sysv64" fn(*mut Cpu, usize) -> Returned = unsafe { std::mem::transmute(t.stubs.enter) };
-    let r = f(cpu, code);
-    (r.why, r.what)
+    let f: extern "sysv64" fn(*mut Cpu, usize) -> u64 = unsafe { std::mem::transmute(t.stubs.enter) };
+    f(cpu, code)
 }
 
 const _: () = assert!(RIP == 17 && size_of::<Jump>() == 32);

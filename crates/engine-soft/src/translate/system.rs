@@ -20,7 +20,8 @@ const CR4: i32 = offset_of!(Cpu, cr4) as i32;
 const TSC_OFFSET: i32 = offset_of!(Cpu, tsc_offset) as i32;
 const HOST_TSC: i32 =
     (offset_of!(Cpu, local) + offset_of!(crate::apic::Local, clock) + HostClock::TSC) as i32;
-const SYS_FLAGS: i32 = offset_of!(Cpu, sys_flags) as i32;
+/// Offset of the flags that are not arithmetic.
+pub(super) const SYS_FLAGS: i32 = offset_of!(Cpu, sys_flags) as i32;
 const HELD: i32 = (offset_of!(Cpu, local) + offset_of!(crate::apic::Local, held)) as i32;
 const GS_BASE: i32 = (offset_of!(Cpu, seg) + GS * size_of::<Segment>() + offset_of!(Segment, base)) as i32;
 const KERNEL_GS_BASE: i32 = offset_of!(Cpu, kernel_gs_base) as i32;

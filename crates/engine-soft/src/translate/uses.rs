@@ -70,6 +70,7 @@ pub(super) fn wanted_after(
                 | How::Pop
                 | How::Leave
                 | How::Divide
+                | How::Repeat { .. }
                 | How::CallRelative
                 | How::JumpIndirect
                 | How::CallIndirect

@@ -100,8 +100,12 @@ impl Cpu {
     #[inline(always)]
     fn interpret(&mut self, block: *const Block) -> Result<bool, (Trap, Option<*const Op>)> {
         // SAFETY: the cache keeps a block until another is decoded, which no op does.
-        let (ops, first) = unsafe { (&(*block).ops, (*block).first()) };
-        self.enter_page(first);
+        let block = unsafe { &*block };
+        // They may be gone, and the code have changed since the block was found.
+        let Some(ops) = self.ops_of(block) else { return Ok(false) };
+        // SAFETY: just found; no op has others back.
+        let ops = unsafe { &*ops };
+        self.enter_page(block.first());
         self.block_end = ops.as_ptr_range().end;
         self.current = ops.as_ptr();
         loop {
@@ -184,8 +188,8 @@ impl Cpu {
             Ok(b) => b,
             Err(t) => return self.deliver_trap(t, None),
         };
-        // SAFETY: as in `step_block`.
-        let op: &Op = unsafe { &(&(*block).ops)[0] };
+        // SAFETY: just decoded, and nothing is while it is executed.
+        let op: &Op = unsafe { &(&*block).ops()[0] };
         self.enter_page(op.off.into());
         self.block_end = std::ptr::null();
         // Instructions that ran outside single steps may have left these behind.
@@ -258,8 +262,8 @@ impl Cpu {
             Ok(b) => b,
             Err(t) => return Err(self.settle_trap(t, None)),
         };
-        // SAFETY: as in `step_block`.
-        let op: &Op = unsafe { &(&(*block).ops)[0] };
+        // SAFETY: just decoded, and nothing is while it is executed.
+        let op: &Op = unsafe { &(&*block).ops()[0] };
         self.enter_page(op.off.into());
         self.block_end = std::ptr::null();
         match (op.run)(self, op) {

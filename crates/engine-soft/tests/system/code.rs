@@ -287,6 +287,50 @@ fn an_instruction_across_pages_changes() {
     assert_eq!(g.reg(gpr::RBX), 60 * 61);
 }
 
+/// The page that an instruction ends in is replaced, or only flushed, while jumps from the page that it begins in stay.
+#[test]
+fn an_instruction_across_pages_goes_on_elsewhere() {
+    let mut g = guest();
+    g.m.map(LIN - 0x1000, PAGE + 0x3000, 3);
+    g.m.map(LIN, PAGE, 3);
+    g.m.refresh();
+    let entry = entry_of(&g, LIN);
+    // NOP; JMP to the next; MOV EAX, imm32 from the last two bytes of the page on; RET.
+    g.m.write(PAGE + 0x3ffb, &[0x90, 0xeb, 0x00, 0xb8, 1]);
+    for (n, byte) in [(0, 2), (1, 3)] {
+        g.m.write(PAGE + n * 0x1000, &[byte, 0, 0, 0xc3]);
+    }
+    g.halts(|a| {
+        let mut top = a.create_label();
+        a.mov(ebp, 200).unwrap();
+        a.xor(ebx, ebx).unwrap();
+        a.mov(rdi, entry).unwrap();
+        a.mov(rsi, LIN).unwrap();
+        a.set_label(&mut top).unwrap();
+        // Every fourth time to the other page.
+        a.mov(eax, ebp).unwrap();
+        a.and(eax, 3).unwrap();
+        a.cmp(eax, 1).unwrap();
+        a.sbb(rax, rax).unwrap();
+        a.and(eax, 0x1000).unwrap();
+        a.xor(qword_ptr(rdi), rax).unwrap();
+        a.invlpg(byte_ptr(rsi)).unwrap();
+        for _ in 0..3 {
+            a.lea(rax, qword_ptr(rsi - 5)).unwrap();
+            a.call(rax).unwrap();
+            a.add(ebx, eax).unwrap();
+        }
+        a.dec(ebp).unwrap();
+        a.jnz(top).unwrap();
+        a.hlt().unwrap();
+    });
+    // The first change comes at once, so the pages are in force 100 times each.
+    assert_eq!(g.reg(gpr::RBX), 300 * (0x201 + 0x301));
+    if let Some(t) = &g.cpu().translator {
+        assert!(t.exits[6] < 20, "interpreted {} times", t.exits[6]);
+    }
+}
+
 #[test]
 fn more_code_than_code_memory_holds() {
     let mut g = guest();

@@ -148,53 +148,18 @@ impl Meta {
         }
     }
 
-    /// The largest refcount of `count` clusters.
-    pub fn highest_refcount(&mut self, first: u64, count: u64, file: &FileStorage) -> io::Result<u64> {
-        let (per, order, cluster) =
-            (self.header.refblock_entries(), self.header.refcount_order, self.cluster());
-        let (mut at, mut highest) = (first, 0);
-        while at < first + count {
-            let block = at / per;
-            let end = ((block + 1) * per).min(first + count);
-            if let Some(offset) = self.reftable.get(block as usize).filter(|o| **o != 0) {
-                let t = self.refblocks.load(block, *offset & !0x1ff, cluster, file)?;
-                highest = (at..end).map(|c| t.refcount((c % per) as usize, order)).fold(highest, u64::max);
-            }
-            at = end;
-        }
-        Ok(highest)
-    }
-
     /// Add `delta` to the refcounts of `count` clusters.
     pub fn adjust(&mut self, first: u64, count: u64, delta: i64, file: &FileStorage) -> io::Result<()> {
-        let (per, order, cluster) =
-            (self.header.refblock_entries(), self.header.refcount_order, self.cluster());
-        let max = self.max_refcount();
-        let mut at = first;
-        while at < first + count {
-            let block = at / per;
-            let end = ((block + 1) * per).min(first + count);
-            if delta > 0 {
-                self.ensure_refblock(block, file)?;
+        for c in first..first + count {
+            let now = self.refcount(c, file)?;
+            let new = now.checked_add_signed(delta).filter(|n| *n <= self.max_refcount());
+            let new =
+                new.ok_or_else(|| damaged(format!("the refcount of cluster {c} is {now}, out of range")))?;
+            self.set_refcount(c, new, file)?;
+            if new == 0 {
+                self.free_hint = self.free_hint.min(c);
+                self.fixed.remove(&c);
             }
-            let out_of_range =
-                |c, now| damaged(format!("the refcount of cluster {c} is {now}, out of range"));
-            let Some(offset) = self.reftable.get(block as usize).filter(|o| **o != 0) else {
-                return Err(out_of_range(at, 0));
-            };
-            let t = self.refblocks.load(block, *offset & !0x1ff, cluster, file)?;
-            for c in at..end {
-                let i = (c % per) as usize;
-                let now = t.refcount(i, order);
-                let new = now.checked_add_signed(delta).filter(|n| *n <= max);
-                let new = new.ok_or_else(|| out_of_range(c, now))?;
-                t.set_refcount(i, order, new);
-                if new == 0 {
-                    self.free_hint = self.free_hint.min(c);
-                    self.fixed.remove(&c);
-                }
-            }
-            at = end;
         }
         Ok(())
     }
@@ -309,29 +274,16 @@ impl Meta {
 
     /// Take exactly `count` clusters in one run.
     pub fn alloc_run(&mut self, count: u64, file: &FileStorage) -> io::Result<u64> {
-        let (per, order, cluster) =
-            (self.header.refblock_entries(), self.header.refcount_order, self.cluster());
-        let mut at = self.free_hint;
-        let (mut first, mut first_free) = (at, None);
-        while at < first + count {
-            let block = at / per;
-            self.ensure_refblock(block, file)?;
-            let offset = self.reftable[block as usize] & !0x1ff;
-            let t = self.refblocks.load(block, offset, cluster, file)?;
-            let end = (block + 1) * per;
-            while at < end && at < first + count {
-                let free = t.refcount((at % per) as usize, order) == 0;
-                if free && first_free.is_none() {
-                    first_free = Some(at);
-                }
-                if !free || self.fixed.contains(&at) {
-                    first = at + 1;
-                }
-                at += 1;
+        let (mut first, mut n) = (self.free_hint, 0);
+        while n < count {
+            let c = first + n;
+            self.ensure_refblock(c / self.header.refblock_entries(), file)?;
+            if self.refcount(c, file)? == 0 && !self.fixed.contains(&c) {
+                n += 1;
+            } else {
+                (first, n) = (c + 1, 0);
             }
         }
-        // The search for the next one need not look at what is in use again.
-        self.free_hint = first_free.filter(|c| *c < first).unwrap_or(first + count);
         for c in first..first + count {
             self.set_refcount(c, 1, file)?;
         }

@@ -6,9 +6,8 @@
 //!
 //! Locks, in the order in which they are taken:
 //! 1. `committing`: one commit at a time.
-//! 2. `gate`: shared by every request for as long as it uses host offsets. Before freed clusters may be used again all
-//!    that share it then have to leave, so that no late request reaches a cluster that has become another's; taken alone
-//!    where the tables themselves are exchanged.
+//! 2. `gate`: shared by every request for as long as it uses host offsets; taken alone before freed clusters may be
+//!    used again, so that no late request reaches a cluster that has become another's.
 //! 3. `meta`: the tables.
 
 mod amend;
@@ -312,8 +311,7 @@ impl Qcow2 {
 
     /// Lower the refcounts of clusters that no table on disk names any more, and give free ones back to the host.
     fn release(&self, pending: &[meta::Pending]) -> io::Result<()> {
-        // Who comes now finds no way to them; who was there before may still use them.
-        self.gate.grace();
+        let _alone = self.gate.alone();
         let mut m = self.meta();
         self.unpacked.clear();
         let discard = |first: u64, count: u64| {
@@ -421,7 +419,7 @@ impl BlockBackend for Qcow2 {
         if write && (self.read_only || self.records()) {
             return Ok(false);
         }
-        let Some(shared) = self.gate.try_keep() else { return Ok(false) };
+        let Some(shared) = self.gate.try_share() else { return Ok(false) };
         found.hold(shared);
         self.locate_range(write, offset, len, found)
     }
@@ -439,17 +437,6 @@ impl BlockBackend for Qcow2 {
             self.write_range(bufs, offset)?;
         }
         self.settle()
-    }
-
-    fn try_write_at(&self, bufs: &[SharedSlice<'_>], offset: u64) -> io::Result<bool> {
-        self.writable()?;
-        check_range(self.size(), offset, total(bufs))?;
-        // A commit that is due is for who may wait.
-        if self.file.is_direct() || self.records() || self.overdue.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
-        let Some(_shared) = self.gate.try_share() else { return Ok(false) };
-        self.write_range(bufs, offset).map(|()| true)
     }
 
     fn flush(&self) -> io::Result<()> {

@@ -10,8 +10,6 @@ use std::sync::atomic::Ordering;
 
 /// Largest snapshot table read, in bytes.
 const MAX_TABLE: u64 = 64 << 20;
-/// How much of it is read at first.
-const FIRST_READ: u64 = 16 << 10;
 
 /// One internal snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,72 +113,23 @@ impl Qcow2 {
         if h.snapshots == 0 {
             return Ok((Vec::new(), 0));
         }
-        let most = self.file.len().saturating_sub(h.snapshots_offset).min(MAX_TABLE);
-        // Its length is not written down: most are short, and behind it lies something else.
-        let mut len = most.min(FIRST_READ);
-        loop {
-            let mut table = vec![0; len as usize];
-            self.file.read(&[SharedSliceMut::new(&mut table)], h.snapshots_offset)?;
-            match parse_table(&table, h.snapshots, h.size) {
-                Err(_) if len < most => len = most.min(len * 8),
-                read => return read,
-            }
-        }
-    }
-
-    /// Call `each` with the runs of clusters that everything below an L1 table is: data, and L2 tables.
-    fn runs_below(
-        &self,
-        m: &mut Meta,
-        l1: &[u64],
-        mut each: impl FnMut(&mut Meta, u64, u64) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let (cluster, step) = (self.shape.cluster, m.header.l2_words());
-        let mut table = vec![0; cluster as usize];
-        for at in l1.iter().map(|e| e & OFFSET).filter(|o| *o != 0) {
-            if at.saturating_add(cluster) > self.file.len() {
-                return Err(damaged(format!("a table at {at:#x} lies outside the image")));
-            }
-            self.file.read(&[SharedSliceMut::new(&mut table)], at)?;
-            let (mut first, mut count) = (0, 0);
-            for word in table.as_chunks::<8>().0.iter().step_by(step) {
-                let entry = Entry { desc: u64::from_be_bytes(*word), bitmap: 0 };
-                let Some((c, n)) = m.clusters_of(entry) else { continue };
-                if c != first + count {
-                    each(m, first, count)?;
-                    (first, count) = (c, 0);
-                }
-                count += n;
-            }
-            each(m, first, count)?;
-            each(m, at / cluster, 1)?;
-        }
-        Ok(())
+        let len = self.file.len().saturating_sub(h.snapshots_offset).min(MAX_TABLE);
+        let mut table = vec![0; len as usize];
+        self.file.read(&[SharedSliceMut::new(&mut table)], h.snapshots_offset)?;
+        parse_table(&table, h.snapshots, h.size)
     }
 
     /// Add `delta` to the refcounts of everything below an L1 table: L2 tables and data.
     fn adjust_tree(&self, m: &mut Meta, l1: &[u64], delta: i64) -> io::Result<()> {
-        self.runs_below(m, l1, |m, first, n| m.adjust(first, n, delta, &self.file))
-    }
-
-    /// Nothing of the active tables may be written in place any more: a snapshot has it too.
-    fn share_all(&self, m: &mut Meta) -> io::Result<()> {
-        let words = m.header.l2_words();
-        let count = (self.shape.cluster / 8) as usize / words;
-        for i in 0..m.l1.len() {
-            if m.l1[i] & COPIED != 0 {
-                m.l1[i] &= !COPIED;
-                m.l1_dirty.insert(i);
-            }
-            if let Some(t) = m.table(i as u64, &self.file)? {
-                for e in 0..count {
-                    let desc = t.word(e * words);
-                    if desc & COPIED != 0 && desc & COMPRESSED == 0 {
-                        t.set_word(e * words, desc & !COPIED);
-                    }
+        let (cluster, words) = (self.shape.cluster, m.header.l2_words());
+        for entry in l1.iter().map(|e| e & OFFSET).filter(|o| *o != 0) {
+            let table = read_words(&self.file, entry, (cluster / 8) as usize)?;
+            for desc in table.chunks_exact(words).map(|w| w[0]) {
+                if let Some((first, n)) = m.clusters_of(Entry { desc, bitmap: 0 }) {
+                    m.adjust(first, n, delta, &self.file)?;
                 }
             }
-            self.note(m);
+            m.adjust(entry / cluster, 1, delta, &self.file)?;
         }
         Ok(())
     }
@@ -280,7 +229,7 @@ impl Qcow2 {
             l1_offset = m.alloc_run(clusters, &self.file)? * cluster;
             write_pieces(&self.file, &[(l1_offset, bytes)])?;
             self.adjust_tree(&mut m, &l1, 1)?;
-            self.share_all(&mut m)?;
+            self.mend_flags(&mut m)?;
         }
         list.push(Snapshot {
             id: id.to_string(),
@@ -303,11 +252,19 @@ impl Qcow2 {
     /// The largest refcount of a cluster that the active tables name.
     fn highest_share(&self) -> io::Result<u64> {
         let mut m = self.meta();
-        let (l1, mut highest) = (m.l1.clone(), 0);
-        self.runs_below(&mut m, &l1, |m, first, n| {
-            highest = highest.max(m.highest_refcount(first, n, &self.file)?);
-            Ok(())
-        })?;
+        let (cluster, words) = (self.shape.cluster, m.header.l2_words());
+        let mut highest = 0;
+        for entry in m.l1.clone().iter().map(|e| e & OFFSET).filter(|o| *o != 0) {
+            highest = highest.max(m.refcount(entry / cluster, &self.file)?);
+            let table = read_words(&self.file, entry, (cluster / 8) as usize)?;
+            for desc in table.chunks_exact(words).map(|w| w[0]) {
+                if let Some((first, n)) = m.clusters_of(Entry { desc, bitmap: 0 }) {
+                    for c in first..first + n {
+                        highest = highest.max(m.refcount(c, &self.file)?);
+                    }
+                }
+            }
+        }
         Ok(highest)
     }
 

@@ -78,8 +78,6 @@ impl Table {
                 let per = 8 >> order;
                 u64::from(self.bytes[i / per] >> (i % per * bits)) & ((1 << bits) - 1)
             }
-            // What nearly all images have.
-            4 => u64::from(u16::from_be_bytes([self.bytes[i * 2], self.bytes[i * 2 + 1]])),
             _ => {
                 let n = 1usize << (order - 3);
                 self.bytes[i * n..(i + 1) * n].iter().fold(0, |v, &b| v << 8 | u64::from(b))
@@ -97,10 +95,6 @@ impl Table {
                 let mask = (((1u16 << bits) - 1) as u8) << shift;
                 self.bytes[at] = self.bytes[at] & !mask | (value as u8) << shift & mask;
                 at
-            }
-            4 => {
-                self.bytes[i * 2..i * 2 + 2].copy_from_slice(&(value as u16).to_be_bytes());
-                i * 2
             }
             _ => {
                 let n = 1usize << (order - 3);
