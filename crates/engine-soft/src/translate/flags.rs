@@ -73,6 +73,12 @@ pub fn wanted(bytes: &[u8], mode: Mode, options: u32) -> u32 {
         if i.is_invalid() {
             return wanted | open;
         }
+        let touches =
+            (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) && i.mnemonic() != Mnemonic::Lea;
+        // A fault's handler sees the flags.
+        if touches || i.is_stack_instruction() || i.is_string_instruction() {
+            return wanted | open;
+        }
         let u = of(&i);
         wanted |= u.reads & open;
         open &= !u.kills;
