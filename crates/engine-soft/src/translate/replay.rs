@@ -8,6 +8,9 @@ use super::block::{Emit, How, in_width, number};
 use super::stubs::{ARITH, UNDO, reg_at};
 use iced_x86::{Code as I, Instruction, Mnemonic as M, OpKind, Register};
 
+/// What [`Cpu::arith`](crate::cpu::Cpu::arith) holds after a result of zero without carry: ZF, PF and the bit that is always set, in the upper byte.
+const OF_ZERO: u16 = 0x4600;
+
 /// Where the guest's arithmetic flags are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum At {
@@ -85,6 +88,11 @@ impl Producer {
             _ => false,
         };
         fits.then_some(Producer { i: *i, guests, home, undo: false, may_keep: false })
+    }
+
+    /// Whether the flags are those of zero, made by XOR or SUB of a register with itself.
+    fn is_constant(&self) -> bool {
+        self.guests == 0 && !self.undo && !self.may_keep && matches!(self.i.mnemonic(), M::Xor | M::Sub)
     }
 
     /// For a shift by a constant, whose register's value of before is kept.
@@ -172,6 +180,13 @@ impl Emit<'_> {
     pub(super) fn save_flags(&mut self) {
         // Within a group the other one is not free.
         let temp = if self.group_base().is_some() { T0 } else { T1 };
+        if matches!(self.at, At::Host | At::Lost) && self.producer.is_some_and(|p| p.is_constant()) {
+            self.c.raw(&[0x66]);
+            self.c.cpu32(&[0xc7], 0, ARITH); // mov word gs:[arith]
+            self.c.raw(&OF_ZERO.to_le_bytes());
+            self.at = if self.at == At::Host { At::Both } else { At::Memory };
+            return;
+        }
         if self.at == At::Lost {
             self.replay(temp);
         }
