@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Most ops in a block.
 const MAX_OPS: usize = 48;
 /// Entries of the jump cache.
-const JUMPS: usize = 32768;
+const JUMPS: usize = 16384;
 /// Ops of blocks that have no translation held before the cache is emptied.
 const CAPACITY: usize = 1_000_000;
 /// Blocks whose executions are counted also while the block is forgotten; further ones share a count.

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::ptr;
 
 /// Ops held of blocks that have a translation.
-const MOST_KEPT: usize = 60_000;
+const MOST_KEPT: usize = 16_000;
 /// See [`Recent`].
 const RECENT: usize = 64;
 /// Bytes of code that most blocks do with.
