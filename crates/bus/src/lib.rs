@@ -16,7 +16,7 @@ mod time;
 pub use address::{Bus, BusError, MmioBus, PioBus};
 pub use doorbell::{DoorbellSink, NoDoorbells};
 pub use irq::{IrqLine, MsiChannel, MsiMessage, MsiSink, NoIrq};
-pub use ringfort_state::{Section, StateError};
+pub use ringfort_state::{Format, Section, StateError};
 pub use time::{Clock, FakeClock, ManualTimer, Timer, TimerDevice};
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

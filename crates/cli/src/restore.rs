@@ -124,7 +124,7 @@ pub enum StateCommand {
         /// The saved state
         #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
         file: PathBuf,
-        /// The bodies of all sections too, in hexadecimal
+        /// The encoded bodies of all sections too, in hexadecimal; their fields are shown in any case
         #[arg(long)]
         bodies: bool,
         /// JSON is what there is in any case

@@ -246,7 +246,23 @@ fn show_tells_what_is_in_it() {
     let ram = &v["streams"][0];
     let all = ram["data-bytes"].as_u64().zip(ram["zero-bytes"].as_u64()).map(|(a, b)| a + b);
     assert_eq!(all, Some(64 << 20));
-    assert!(v["sections"].as_array().is_some_and(|s| s.iter().any(|s| s["kind"] == "virtio-blk")), "{v}");
+    let sections = v["sections"].as_array().expect("sections");
+    // The machine's own are shown by other names.
+    for s in
+        sections.iter().filter(|s| !["machine", "clocks", "vcpu", "disk"].iter().any(|k| s["kind"] == *k))
+    {
+        assert!(s.get("state").is_some() && s.get("error").is_none(), "its fields: {s}");
+    }
+    let of =
+        |kind: &str| sections.iter().find(|s| s["kind"] == kind).unwrap_or_else(|| panic!("no {kind}: {v}"));
+    // As after reset: 9600 baud.
+    assert_eq!(of("serial16550")["state"]["divisor"], 12, "{v}");
+    // Vendor and device of virtio 1.3 section 4.1.2.
+    let config = of("virtio-blk")["state"]["config"]["registers"].as_str().expect("bytes");
+    assert!(config.starts_with("f41a4210"), "{config}");
+    let show_bodies = ringfort(&["state", "show", "--bodies", text(&e.state)]).output().expect("ringfort");
+    let b: serde_json::Value = serde_json::from_slice(&show_bodies.stdout).expect("JSON");
+    assert!(b["sections"][0]["body"].is_string() && v["sections"][0]["body"].is_null());
     std::fs::write(&e.state, &std::fs::read(&e.state).expect("it")[..300]).expect("it");
     assert_eq!(show(&e.state).status.code(), Some(2));
 }

@@ -16,6 +16,7 @@ mod alarm;
 pub mod debug_exit;
 pub mod debugcon;
 pub mod e1000e;
+mod formats;
 pub mod fw_cfg;
 pub mod hpet;
 pub mod i8042;
@@ -32,3 +33,5 @@ pub mod serial;
 pub mod system_port;
 #[cfg(test)]
 mod testing;
+
+pub use formats::FORMATS;

@@ -11,9 +11,11 @@
 //! every version of its layout.
 #![forbid(unsafe_code)]
 
+mod format;
 mod pages;
 mod stream;
 
+pub use format::Format;
 pub use pages::{Chunk, Compression, MAX_CHUNK, PagesReader, PagesWriter};
 pub use stream::{Reader, Writer};
 

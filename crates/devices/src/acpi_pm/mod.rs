@@ -5,12 +5,13 @@ mod reset;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use reset::FORMAT as RESET_FORMAT;
 pub use reset::ResetControl;
 
 use crate::alarm::Alarm;
 use crate::line::Output;
 use crate::power::{PowerEvent, PowerSink};
-use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
+use ringfort_bus::{Clock, Device, Format, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -66,6 +67,8 @@ const SLEEP_ENABLE: u16 = 1 << 13;
 /// SCI_EN, BM_RLD, SLP_TYP; GBL_RLS and SLP_EN read as 0.
 const CONTROL_BITS: u16 = SCI_ENABLE | 2 | 7 << 10;
 const KIND: &str = "acpi-pm";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<(State, bool)>(KIND, 1);
 
 /// How the block is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,10 +1,12 @@
 //! The reset control register at port 0xCF9 (ICH9 data sheet section 13.7.5).
 
 use crate::power::{PowerEvent, PowerSink};
-use ringfort_bus::{Device, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, PioDevice, Section, StateError};
 use std::sync::Arc;
 
 const KIND: &str = "reset-control";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<u8>(KIND, 1);
 const RST_CPU: u8 = 4;
 /// System reset and full reset: kept; the CPU reset bit acts and falls back.
 const KEPT: u8 = 2 | 8;

@@ -1,7 +1,7 @@
 //! A port by which a test guest ends the machine with a status (as QEMU's `isa-debug-exit`).
 
 use crate::power::{PowerEvent, PowerSink};
-use ringfort_bus::{Device, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, PioDevice, Section, StateError};
 use std::sync::Arc;
 
 /// Usual first port.
@@ -9,6 +9,8 @@ pub const PORT: u16 = 0xf4;
 /// Ports.
 pub const LEN: u16 = 4;
 const KIND: &str = "debug-exit";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<()>(KIND, 1);
 
 /// Writing `v` reports exit status `v << 1 | 1`, so that a guest can never claim success (0).
 pub struct DebugExit {

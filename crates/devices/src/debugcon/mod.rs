@@ -1,12 +1,14 @@
 //! The debug console port of Bochs and QEMU: firmware writes its log there.
 
-use ringfort_bus::{Device, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, PioDevice, Section, StateError};
 
 /// Usual port.
 pub const PORT: u16 = 0x402;
 /// What reading gives, so that firmware knows that somebody listens.
 pub const PRESENT: u8 = 0xe9;
 const KIND: &str = "debugcon";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<()>(KIND, 1);
 
 type Sink = Box<dyn FnMut(&[u8]) + Send>;
 

@@ -20,7 +20,7 @@ use regs::{
     CTRL, EECD, EERD, EEWR, EITR, GOTCL, HEAD, ICR, ICS, IMC, IMS, LEDCTL, LEN, MDIC, PBA, QUEUE, RAL, RDBAL,
     RSSRK, SPACE, STATISTICS, STATUS, SWSM, TAIL, TDBAL, VET, WORDS, cause, ctrl, eecd, status,
 };
-use ringfort_bus::{IrqLine, MsiSink, Section, StateError, lock};
+use ringfort_bus::{Format, IrqLine, MsiSink, Section, StateError, lock};
 use ringfort_memory::GuestMemory;
 use ringfort_net::hash::Toeplitz;
 use ringfort_net::{MacAddr, NetBackend, NetEvents, Offloads, Statistics, VnetHeader};
@@ -34,6 +34,8 @@ use tx::Assembly;
 
 const KIND: &str = "e1000e";
 const STATE_VERSION: u32 = 1;
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<Saved>(KIND, STATE_VERSION);
 /// Bytes of the I/O window, BAR 2.
 const IO_LEN: u64 = 32;
 const MSIX_BAR: u8 = 3;

@@ -4,7 +4,7 @@
 #[cfg(test)]
 mod tests;
 
-use ringfort_bus::{Device, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, PioDevice, Section, StateError};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,6 +22,8 @@ pub const KEY_DIRECTORY: u16 = 0x19;
 /// Key of the first file.
 pub const KEY_FIRST_FILE: u16 = 0x20;
 const KIND: &str = "fw-cfg";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<State>(KIND, 1);
 /// What the DMA address register reads as.
 const DMA_SIGNATURE: u64 = 0x5145_4d55_2043_4647;
 const NAME_LEN: usize = 55;

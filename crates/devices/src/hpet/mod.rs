@@ -7,7 +7,7 @@ mod tests;
 use crate::alarm::Alarm;
 use crate::line::LineMux;
 use ringfort_bus::{
-    Clock, Device, IrqLine, MmioDevice, MsiMessage, MsiSink, Section, StateError, Timer, TimerDevice,
+    Clock, Device, Format, IrqLine, MmioDevice, MsiMessage, MsiSink, Section, StateError, Timer, TimerDevice,
 };
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -21,6 +21,8 @@ pub const TICK_NS: u64 = 10;
 /// I/O APIC inputs that a comparator can be routed to.
 pub const ROUTES: u32 = 0x00ff_0104;
 const KIND: &str = "hpet";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<State>(KIND, 1);
 /// A periodic comparator wakes the host at most this often, whatever the guest programs.
 const MIN_PERIOD_NS: u64 = 10_000;
 

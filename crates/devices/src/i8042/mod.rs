@@ -11,7 +11,7 @@ use crate::ports;
 use crate::power::{PowerEvent, PowerSink};
 use keyboard::Keyboard;
 use mouse::Mouse;
-use ringfort_bus::{Device, IrqLine, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, IrqLine, PioDevice, Section, StateError};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,6 +23,8 @@ pub const COMMAND: u16 = 0x64;
 /// ISA interrupts of keyboard and mouse.
 pub const IRQS: (u8, u8) = (1, 12);
 const KIND: &str = "i8042";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<State>(KIND, 1);
 
 mod config {
     pub const KEYBOARD_IRQ: u8 = 1;

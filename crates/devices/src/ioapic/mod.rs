@@ -9,7 +9,7 @@ mod tests;
 
 use crate::line::Inputs;
 use ringfort_bus::irqchip::IoApicRegisters;
-use ringfort_bus::{Device, MmioDevice, MsiMessage, MsiSink, Section, StateError};
+use ringfort_bus::{Device, Format, MmioDevice, MsiMessage, MsiSink, Section, StateError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -20,6 +20,8 @@ pub const LEN: u64 = 0x1000;
 /// Inputs.
 pub const PINS: u8 = 24;
 const KIND: &str = "ioapic";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<State>(KIND, 1);
 
 /// Bits of a redirection table entry.
 mod rte {

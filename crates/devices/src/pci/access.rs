@@ -2,7 +2,7 @@
 //! memory-mapped window (ECAM, PCIe 3.0 section 7.2.2).
 
 use super::{Bdf, PciBus};
-use ringfort_bus::{Mmio, PortIo, Section, StateError};
+use ringfort_bus::{Format, Mmio, PortIo, Section, StateError};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 
@@ -20,6 +20,8 @@ impl ConfigPorts {
     /// Ports.
     pub const LEN: u16 = 8;
     const KIND: &'static str = "pci-config-ports";
+    /// How the state is laid out.
+    pub(crate) const FORMAT: Format = Format::of::<u32>(Self::KIND, 1);
 
     /// Ports for `bus`; accesses that begin at 0xCF9 go to `reset_control`.
     pub fn new(bus: Arc<PciBus>, reset_control: Option<Arc<dyn PortIo>>) -> ConfigPorts {

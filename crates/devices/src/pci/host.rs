@@ -1,7 +1,7 @@
 //! The host bridge of a Q35 (Intel 82G33/P35 MCH, 8086:29c0): PCIEXBAR, and the registers that firmware expects.
 
 use super::{BarKind, BarWindow, Bdf, ConfigSpace, Identity, PciBus, PciConfig, PciConfigState, PciFunction};
-use ringfort_bus::{NoIrq, Section, StateError};
+use ringfort_bus::{Format, NoIrq, Section, StateError};
 use std::sync::{Arc, Weak};
 
 const PCIEXBAR: u16 = 0x60;
@@ -16,6 +16,8 @@ impl HostBridge {
     /// Where it sits.
     pub const BDF: Bdf = Bdf::new(0, 0, 0);
     const KIND: &'static str = "q35-mch";
+    /// How the state is laid out.
+    pub(crate) const FORMAT: Format = Format::of::<PciConfigState>(Self::KIND, 1);
 
     /// A bridge for `bus`. With `ecam` (a base that is a multiple of 256 MiB) PCIEXBAR holds that base, enabled,
     /// after every reset, as when firmware had run; without, it is off until the guest programs it.

@@ -1,7 +1,7 @@
 //! The LPC bridge of an ICH9 (8086:2918): PIRQ routing and the ACPI base address.
 
 use super::{BarKind, BarWindow, Bdf, ConfigSpace, Identity, PciConfig, PciConfigState, PciFunction};
-use ringfort_bus::{NoIrq, Section, StateError, lock};
+use ringfort_bus::{Format, NoIrq, Section, StateError, lock};
 use std::sync::{Arc, Mutex};
 
 const PMBASE: u16 = 0x40;
@@ -34,6 +34,8 @@ impl Lpc {
     /// Where it sits.
     pub const BDF: Bdf = Bdf::new(0, 0x1f, 0);
     const KIND: &'static str = "ich9-lpc";
+    /// How the state is laid out.
+    pub(crate) const FORMAT: Format = Format::of::<PciConfigState>(Self::KIND, 1);
 
     /// A bridge. `acpi_base` is where the ACPI registers are after reset (as firmware would have put them), `pirq`
     /// the 8259 inputs that PIRQA to H lead to after reset (`None`: not routed).

@@ -7,7 +7,7 @@ mod tests;
 use crate::line::{Inputs, Output};
 use crate::ports;
 use ringfort_bus::irqchip::PicRegisters;
-use ringfort_bus::{Device, IrqLine, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, IrqLine, PioDevice, Section, StateError};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -16,6 +16,8 @@ pub const PORTS: [(u16, u16); 3] = [(0x20, 2), (0xa0, 2), (0x4d0, 2)];
 /// Inputs that may be level-triggered, master and slave: not 0, 1, 2, 8 and 13.
 const ELCR_MASK: [u8; 2] = [0xf8, 0xde];
 const KIND: &str = "i8259";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<[Chip; 2]>(KIND, 1);
 /// The master's input that the slave hangs on.
 const CASCADE: u8 = 2;
 

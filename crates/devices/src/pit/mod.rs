@@ -13,7 +13,7 @@ use crate::alarm::Alarm;
 use crate::ports;
 use counter::Counter;
 use ringfort_bus::irqchip::PitRegisters;
-use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
+use ringfort_bus::{Clock, Device, Format, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -22,6 +22,8 @@ pub const FREQUENCY: u64 = 1_193_182;
 /// Ports: first and length of each range.
 pub const PORTS: [(u16, u16); 2] = [(0x40, 4), (0x61, 1)];
 const KIND: &str = "i8254";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<State>(KIND, 1);
 /// A periodic channel 0 wakes the host at most this often, whatever the guest programs.
 const MIN_PERIOD_NS: u64 = 20_000;
 

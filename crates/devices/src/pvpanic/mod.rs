@@ -2,7 +2,7 @@
 
 use crate::ports;
 use crate::power::{PowerEvent, PowerSink};
-use ringfort_bus::{Device, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, PioDevice, Section, StateError};
 use std::sync::Arc;
 
 /// Usual port.
@@ -10,6 +10,8 @@ pub const PORT: u16 = 0x505;
 /// Bits that are understood: panicked, crash kernel loaded, orderly shutdown.
 pub const EVENTS: u8 = 7;
 const KIND: &str = "pvpanic";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<()>(KIND, 1);
 
 /// One byte: reading gives the bits that are understood, writing reports.
 pub struct PvPanic {

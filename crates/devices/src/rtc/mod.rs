@@ -11,7 +11,7 @@ use crate::alarm::Alarm;
 use crate::line::Output;
 use crate::ports;
 use calendar::DateTime;
-use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
+use ringfort_bus::{Clock, Device, Format, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -24,6 +24,8 @@ pub const IRQ: u8 = 8;
 /// CMOS byte with the century, in BCD or binary as the clock is; FADT points to it.
 pub const CENTURY: u8 = 0x32;
 const KIND: &str = "mc146818";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<State>(KIND, 1);
 const SECOND: i128 = 1_000_000_000;
 /// "Update in progress" shows this long before the seconds change (data sheet figure 14).
 const UIP_NS: i128 = 244_000;

@@ -10,7 +10,7 @@ mod tests;
 use crate::alarm::Alarm;
 use crate::line::Output;
 use crate::ports;
-use ringfort_bus::{Clock, Device, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
+use ringfort_bus::{Clock, Device, Format, IrqLine, PioDevice, Section, StateError, Timer, TimerDevice};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -20,6 +20,8 @@ pub const LEN: u16 = 8;
 /// First port and ISA interrupt of COM1 to COM4.
 pub const COM: [(u16, u8); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 const KIND: &str = "serial16550";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<State>(KIND, 1);
 const FIFO: usize = 16;
 
 mod ier {

@@ -3,7 +3,7 @@
 
 use crate::ports;
 use crate::power::{PowerEvent, PowerSink};
-use ringfort_bus::{Device, IrqLine, PioDevice, Section, StateError};
+use ringfort_bus::{Device, Format, IrqLine, PioDevice, Section, StateError};
 use std::sync::Arc;
 
 /// System control port A.
@@ -13,7 +13,10 @@ pub const PAGES: u16 = 0x80;
 /// Number of those.
 pub const PAGES_LEN: u16 = 16;
 const KIND: &str = "system-port-a";
+/// How the state is laid out.
+pub(crate) const FORMAT: Format = Format::of::<u8>(KIND, 1);
 const PAGES_KIND: &str = "dma-pages";
+pub(crate) const PAGES_FORMAT: Format = Format::of::<[u8; PAGES_LEN as usize]>(PAGES_KIND, 1);
 
 /// Port 0x92. Bit 0 resets when it rises, bit 1 opens A20.
 pub struct PortA {

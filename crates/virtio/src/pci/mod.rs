@@ -16,7 +16,7 @@ use crate::{Core, CoreState, VirtioDevice};
 use bells::Bells;
 use common::Vectors;
 use interrupt::PciInterrupt;
-use ringfort_bus::{DoorbellSink, IrqLine, MsiSink, NoDoorbells, Section, StateError, lock};
+use ringfort_bus::{DoorbellSink, Format, IrqLine, MsiSink, NoDoorbells, Section, StateError, lock};
 use ringfort_devices::pci::{
     BarKind, BarWindow, CAP_ID_VENDOR, ConfigSpace, Identity, MsixLayout, MsixState, PciConfig,
     PciConfigState, PciError, PciFunction, PcieKind,
@@ -96,6 +96,15 @@ struct Saved {
     isr: u8,
     core: CoreState,
 }
+
+/// How the state of each device of this crate is laid out when it is a PCI function.
+pub const FORMATS: [Format; 5] = [
+    Format::of::<Saved>("virtio-balloon", STATE_VERSION),
+    Format::of::<Saved>("virtio-blk", STATE_VERSION),
+    Format::of::<Saved>("virtio-console", STATE_VERSION),
+    Format::of::<Saved>("virtio-net", STATE_VERSION),
+    Format::of::<Saved>("virtio-rng", STATE_VERSION),
+];
 
 /// A virtio device as a PCI function.
 pub struct VirtioPci {

@@ -3,13 +3,13 @@
 use super::Saved;
 use crate::error::VmmError;
 use ringfort_engine::{CpuState, FeatureSet};
-use ringfort_state::{Chunk, StateError};
+use ringfort_state::{Chunk, Section, StateError};
 use serde_json::{Value, json};
 use std::io::Read;
 use std::path::Path;
 
 /// Read the state in the file `path` to its end, checking all of it, and describe it as JSON. Bodies of devices' sections are shown in
-/// hexadecimal if `bodies`.
+/// hexadecimal, too, if `bodies`.
 ///
 /// # Errors
 /// [`VmmError::State`].
@@ -23,6 +23,11 @@ pub fn show(path: &Path, bodies: bool) -> Result<Value, VmmError> {
             let mut v = json!({
                 "kind": s.kind, "instance": s.instance, "version": s.version, "bytes": s.body.len()
             });
+            match fields(s) {
+                Some(Ok(state)) => v["state"] = state,
+                Some(Err(e)) => v["error"] = e.to_string().into(),
+                None => {}
+            }
             if bodies {
                 v["body"] = s.body.iter().map(|b| format!("{b:02x}")).collect::<String>().into();
             }
@@ -58,6 +63,12 @@ pub fn show(path: &Path, bodies: bool) -> Result<Value, VmmError> {
         "sections": sections,
         "streams": streams,
     }))
+}
+
+/// The fields of a device's state, if its kind is known here.
+fn fields(section: &Section) -> Option<Result<Value, StateError>> {
+    let mut formats = ringfort_devices::FORMATS.iter().chain(&ringfort_virtio::pci::FORMATS);
+    Some(formats.find(|f| f.kind == section.kind)?.describe(section))
 }
 
 /// What a stream of pages holds.
