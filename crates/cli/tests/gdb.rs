@@ -20,7 +20,9 @@ impl Gdb {
             println!("skipped: there is no gdb here");
             return None;
         }
-        let mut command = Command::new("gdb");
+        // What a target says to `monitor` comes out as errors do.
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec gdb \"$@\" 2>&1", "gdb"]);
         command.args(["-q", "-nx", "-iex", "set pagination off", "-iex", "set confirm off"]);
         // On a busy machine an answer may take longer than the two seconds that gdb waits.
         command.args(["-iex", "set remotetimeout 120"]);
@@ -93,6 +95,16 @@ impl Tiny {
         gdb.ask("stepi");
         gdb.says("p/x $rip", &["0x100025"]);
         gdb.says("p $rcx", &["= 64"]);
+        gdb.ask("set $xmm3.uint128 = 0x112233");
+        gdb.says("p/x $xmm3.uint128", &["0x112233"]);
+        // What gdb has no commands of its own for.
+        gdb.says("monitor help", &["xp ADDRESS [COUNT]", "powerdown"]);
+        gdb.says("monitor vcpus", &["* vCPU 0: running, rip 0x100025, cr3 0x0, ring 0"]);
+        gdb.says("monitor translate 0x90008", &["at physical address 0x90008"]);
+        gdb.ask("set *(unsigned long long *)0x90008 = 0x1122334455667788");
+        gdb.says("monitor xp 0x90008 2", &["0x0000000000090008: 0x1122334455667788", "90010: 0x"]);
+        gdb.says("monitor xp 0xffffffffffff0000", &["there is no RAM"]);
+        gdb.says("monitor system_reset", &["'system_reset' is no command here; `monitor help`"]);
         Tiny { g, socket, _scratch: scratch }
     }
 }
@@ -235,7 +247,7 @@ fn a_guest_is_debugged_under_kvm() {
         return;
     }
     let Some(mut gdb) = Gdb::start() else { return };
-    let Tiny { mut g, _scratch, .. } = Tiny::start(&mut gdb, "kvm");
+    let Tiny { mut g, socket, _scratch } = Tiny::start(&mut gdb, "kvm");
     gdb.says("hbreak *0x10002b", &["Hardware assisted breakpoint 1"]);
     gdb.says("continue", &["Breakpoint 1, "]);
     gdb.says("p $rcx", &["= 64"]);
@@ -247,7 +259,15 @@ fn a_guest_is_debugged_under_kvm() {
     gdb.ask("delete");
     gdb.ask("detach");
     g.expect("up\n");
-    g.send("\x01x");
+    // Another debugger; what Ctrl-C does, in the loop that waits for input; and the end.
+    gdb.ask(&format!("target remote {}", text(&socket)));
+    gdb.ask("continue &");
+    g.send("still here");
+    g.expect("still here");
+    gdb.0.send("interrupt\n");
+    gdb.0.expect("SIGINT");
+    gdb.says("p $rcx", &["= 0"]);
+    gdb.0.send("kill\n");
     assert_eq!(g.wait().code(), Some(0));
 }
 

@@ -4,6 +4,7 @@
 //! While gdb has the machine stopped it is paused as a whole, its clocks included.
 
 mod arch;
+mod monitor;
 mod target;
 
 use crate::machine::Machine;

@@ -14,6 +14,7 @@ use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, HwWatchpoint, HwWatchpointOps, SwBreakpoint,
     SwBreakpointOps, WatchKind as GdbWatch,
 };
+use gdbstub::target::ext::monitor_cmd::MonitorCmdOps;
 use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOps};
 use gdbstub::target::{Target, TargetError, TargetResult};
 use ringfort_engine::{
@@ -61,7 +62,7 @@ enum Place {
 
 /// The target.
 pub struct Debuggee {
-    machine: Rc<Machine>,
+    pub(super) machine: Rc<Machine>,
     /// The vCPU that stopped last: breakpoints are set in its address space.
     pub current: usize,
     /// Software breakpoints by linear address.
@@ -113,7 +114,7 @@ impl Debuggee {
         self.machine.vcpus.with_one(vcpu, f).and_then(Result::ok).ok_or(TargetError::NonFatal)
     }
 
-    fn state(&self, vcpu: usize) -> Result<CpuState, TargetError<Fatal>> {
+    pub(super) fn state(&self, vcpu: usize) -> Result<CpuState, TargetError<Fatal>> {
         self.on(vcpu, |v| v.state())
     }
 
@@ -121,7 +122,7 @@ impl Debuggee {
         self.on(vcpu, move |v| v.set_state(&state))
     }
 
-    fn physical(&self, vcpu: usize, address: u64) -> Result<Option<u64>, TargetError<Fatal>> {
+    pub(super) fn physical(&self, vcpu: usize, address: u64) -> Result<Option<u64>, TargetError<Fatal>> {
         self.on(vcpu, move |v| match v.debugger() {
             Some(d) => d.translate(address),
             None => Ok(None),
@@ -246,6 +247,9 @@ impl Target for Debuggee {
         BaseOps::MultiThread(self)
     }
     fn support_breakpoints(&mut self) -> Option<BreakpointsOps<'_, Self>> {
+        Some(self)
+    }
+    fn support_monitor_cmd(&mut self) -> Option<MonitorCmdOps<'_, Self>> {
         Some(self)
     }
 }
