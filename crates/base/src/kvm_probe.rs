@@ -46,6 +46,8 @@ const FIRST: u64 = 10_000;
 const LAST: u64 = 20_000_000;
 /// A try that takes so long tells enough.
 const ENOUGH: Duration = Duration::from_millis(100);
+/// Tries at most where the verdict is close: within a host that is itself a guest, CPU time has in it what that host was kept waiting.
+const TRIES: u32 = 8;
 /// Instructions of one round: a decrement and a jump.
 const PER_ROUND: u64 = 2;
 
@@ -80,12 +82,17 @@ fn measure() -> Result<f64, String> {
     let mut rounds = FIRST;
     loop {
         let mut time = run(rounds)?;
+        let speed = |time: Duration| (rounds * PER_ROUND) as f64 / time.as_secs_f64().max(1e-9);
         if time >= ENOUGH {
-            // Whatever else held it up is not likely to do so twice.
-            time = time.min(run(rounds)?);
+            // Whatever else held it up is not likely to do so again; but for a KVM that only interprets the first two tries tell enough.
+            let mut tries = 1;
+            while tries == 1 || tries < TRIES && (FIT_SPEED / 20.0..FIT_SPEED).contains(&speed(time)) {
+                time = time.min(run(rounds)?);
+                tries += 1;
+            }
         }
         if time >= ENOUGH || rounds == LAST {
-            return Ok((rounds * PER_ROUND) as f64 / time.as_secs_f64().max(1e-9));
+            return Ok(speed(time));
         }
         rounds = (rounds * 10).min(LAST);
     }

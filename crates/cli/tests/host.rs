@@ -196,3 +196,41 @@ fn auto_says_in_one_line_which_engine_and_why() {
     assert!(lines[0].contains("engine: soft (") || lines[0].contains("engine: kvm ("), "{said}");
     assert!(lines[0].contains("kvm"), "says what stands with KVM: {said}");
 }
+
+/// The hardware's abilities by `lscpu`, which is part of every system, and by libvirt's host validation where that is installed.
+#[test]
+fn info_says_of_the_hardware_what_others_say() {
+    let out = ringfort(&["info", "--json"]).output().expect("ringfort");
+    let info: serde_json::Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    let state = |what: &str| info["hardware"][what]["state"].as_str().expect("a state").to_owned();
+    let told = |program: &str, args: &[&str]| {
+        let out = Command::new(program).args(args).env("LC_ALL", "C").output().ok()?;
+        Some(String::from_utf8_lossy(&out.stdout).into_owned())
+    };
+    let Some(lscpu) = told("lscpu", &[]) else {
+        println!("skipped: there is no lscpu here");
+        return;
+    };
+    let line = |name: &str| lscpu.lines().find_map(|l| l.strip_prefix(name)).map(str::trim);
+    let flag = |name: &str| line("Flags:").is_some_and(|f| f.split(' ').any(|f| f == name));
+    if let Some(name) = line("Virtualization:") {
+        assert_eq!(info["hardware"]["cpu"]["name"], name);
+    }
+    for (what, by_lscpu) in
+        [("cpu", line("Virtualization:").is_some()), ("paging", flag("ept") || flag("npt"))]
+    {
+        // What a kernel hides from its programs it may still use itself.
+        let ours = state(what);
+        assert!(ours == "on" || by_lscpu == (ours != "absent"), "{what} is {ours}: {lscpu}");
+    }
+    let Some(libvirt) = told("virt-host-validate", &["qemu"]) else {
+        println!("skipped in part: there is no virt-host-validate here");
+        return;
+    };
+    let verdict =
+        |of: &str| libvirt.lines().find(|l| l.contains(of)).unwrap_or_else(|| panic!("no {of}: {libvirt}"));
+    let hardware = verdict("Checking for hardware virtualization");
+    assert_eq!(hardware.contains("PASS"), state("cpu") != "absent", "{hardware}");
+    let iommu = verdict("IOMMU support");
+    assert_eq!(iommu.contains("PASS"), state("iommu") != "absent", "{iommu}");
+}

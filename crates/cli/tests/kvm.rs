@@ -31,13 +31,26 @@ fn debian_boots_under_kvm_with_one_and_two_vcpus_and_either_irqchip() {
     let quiet = "console=ttyS0 panic=-1 quiet";
     let script = format!(
         "set -e\n\
+         grep -qE '^flags.* svm.* npt' /proc/cpuinfo\n\
+         ./ringfort info\n\
          {RUN} --accel kvm --cpus 1 --cmdline '{quiet}'\n\
-         {RUN} --accel auto --cpus 2 --cmdline '{quiet}'\n\
+         mount -t debugfs debug /sys/kernel/debug\n\
+         (set +e; while sleep 0.3; do cat /sys/kernel/debug/kvm/hypercalls; done >/tmp/hypercalls) 2>/dev/null &\n\
+         {RUN} --accel auto --cpus 2 --save /tmp/state --cmdline '{quiet}'\n\
+         kill $!\n\
+         echo \"hypercalls: $(sort -n /tmp/hypercalls | tail -n 1) end\"\n\
+         ./ringfort state show /tmp/state >/tmp/shown\n\
+         echo \"pv-eoi: $(grep -c '\"0x4b564d04\": \"0x[0-9a-f]*[13579bdf]\"' /tmp/shown) end\"\n\
          {RUN} --accel kvm,irqchip=kernel,halt-poll=0 --cpus 2 --cmdline '{quiet}'\n"
     );
     let mut g = lab(&script, &scratch);
     for (run, cpus) in ["1", "2", "2"].into_iter().enumerate() {
         let said = g.expect(TEST_READY);
+        if run == 0 {
+            for (name, state) in [("AMD-V", "on"), ("NPT", "on"), ("AVIC", "absent"), ("AMD-Vi", "absent")] {
+                assert!(said.contains(&format!("{name:<19}{state}")), "{name}: {said}");
+            }
+        }
         if run == 1 {
             assert!(said.contains("engine: kvm (/dev/kvm runs guests at "), "{said}");
         }
@@ -57,7 +70,26 @@ fn debian_boots_under_kvm_with_one_and_two_vcpus_and_either_irqchip() {
         let interrupts = g.shell("cat /proc/interrupts");
         assert!(interrupts.contains("ttyS0") && interrupts.contains("virtio"), "{interrupts}");
         g.shell("head -c 1000000 /dev/urandom | sha256sum");
-        g.send("poweroff -f\n");
+        // The mode of the timers on the local APICs.
+        let timer = g.shell("cat /sys/devices/system/clockevents/clockevent0/current_device");
+        assert_eq!(timer, "lapic-deadline");
+        if run != 1 {
+            g.send("poweroff -f\n");
+            continue;
+        }
+        // What KVM offers to save exits, and that the guest uses it.
+        let log = g.shell("dmesg | grep -iE 'kvm|hypervisor'");
+        for sign in
+            ["kvm-clock: using sched offset", "setup PV IPIs", "pv remote TLB flush", "PV spinlocks enabled"]
+        {
+            assert!(log.contains(sign), "no {sign:?}: {log}");
+        }
+        g.send("\x01s");
+        let said = g.expect(" end");
+        let calls = said.split("hypercalls: ").nth(1).and_then(|n| n.split(' ').next()).map(str::parse);
+        assert!(matches!(calls, Some(Ok(1u64..))), "no interrupts were sent by hypercall: {said}");
+        let said = g.expect("pv-eoi: 2 end");
+        println!("{calls:?} {said}");
     }
     g.expect(&format!("{LAB}exit 0"));
     assert_eq!(g.wait().code(), Some(0));
