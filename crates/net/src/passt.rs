@@ -37,20 +37,23 @@ pub struct Passt {
     _process: Process,
 }
 
-/// The program and its folder; both go away with this value.
-struct Process {
-    child: Option<Child>,
-    folder: PathBuf,
-}
+/// The program; it goes away with this value.
+struct Process(Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if let Some(c) = &mut self.child {
-            // It may have ended by itself.
-            let _ = c.kill();
-            let _ = c.wait();
-        }
-        let _ = fs::remove_dir_all(&self.folder);
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The folder in which the program says that it is ready; it goes away with this value.
+struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -68,8 +71,10 @@ impl Passt {
             .create(&folder)
             .map_err(NetError::host(format!("passt: making {}", folder.display())))?;
         let program = config.path.clone().unwrap_or_else(|| "passt".into());
-        let mut process = Process { child: None, folder };
-        let (ours, mut remarks) = process.spawn(&program, config)?;
+        // Only for as long as it starts: should this process be killed later, nothing is left behind.
+        let folder = Folder(folder);
+        let (process, ours, mut remarks) = Process::spawn(&program, config, &folder.0)?;
+        drop(folder);
         // It goes on saying things, which nobody reads; a full pipe must not stop it.
         let drain = move || _ = std::io::copy(&mut remarks, &mut std::io::sink());
         std::thread::Builder::new()
@@ -81,19 +86,23 @@ impl Passt {
 }
 
 impl Process {
-    /// Start `program` and wait until it is ready: our end of the sockets, and what it says.
-    fn spawn(&mut self, program: &Path, config: &PasstConfig) -> Result<(UnixStream, ChildStderr), NetError> {
+    /// Start `program` and wait until it says in `folder` that it is ready: our end of the sockets, and what it says.
+    fn spawn(
+        program: &Path,
+        config: &PasstConfig,
+        folder: &Path,
+    ) -> Result<(Process, UnixStream, ChildStderr), NetError> {
         let fail = |e| NetError::host(format!("starting {}", program.display()))(e);
         // As root it becomes another user before it writes the file that says that it is ready.
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o1733);
-        fs::set_permissions(&self.folder, mode).map_err(fail)?;
+        fs::set_permissions(folder, mode).map_err(fail)?;
         let (ours, theirs) = UnixStream::pair().map_err(fail)?;
-        let started = Created::watch(&self.folder, START).map_err(fail)?;
+        let started = Created::watch(folder, START).map_err(fail)?;
         let mut command = Command::new(program);
         command
             // Stay in the foreground; it ends with its socket.
             .args(["-f", "-F", &theirs.as_raw_fd().to_string(), "-P"])
-            .arg(self.folder.join("pid"))
+            .arg(folder.join("pid"))
             .args(&config.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -102,18 +111,19 @@ impl Process {
         let spawned = command.spawn();
         // The other end of the sockets is the child's alone from here on.
         drop(command);
-        let child = match spawned {
-            Ok(child) => self.child.insert(child),
+        let mut process = match spawned {
+            Ok(child) => Process(child),
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 let what = format!("{}: no such program; install passt or give path=", program.display());
                 return Err(NetError::Refused(what));
             }
             Err(e) => return Err(fail(e)),
         };
+        let child = &mut process.0;
         let ready = started.wait(child).map_err(fail)?;
         let remarks = child.stderr.take().ok_or_else(|| fail(ErrorKind::BrokenPipe.into()))?;
         match child.try_wait().map_err(fail)? {
-            None if ready => Ok((ours, remarks)),
+            None if ready => Ok((process, ours, remarks)),
             None => {
                 let what = format!("{} is not ready after {} s", program.display(), START.as_secs());
                 Err(NetError::Refused(what))
