@@ -17,7 +17,7 @@ FUZZ_SECONDS = 60
 # What the default guest is built with.
 GUEST_PACKAGES = mmdebstrap e2fsprogs uidmap
 TEST_PACKAGES = $(GUEST_PACKAGES) cpio qemu-system-x86 qemu-utils acpica-tools dmidecode curl openssh-client \
-    iproute2 nftables dnsmasq-base iputils-ping procps passt gdb lz4
+    iproute2 nftables dnsmasq-base iputils-ping procps passt gdb lz4 tcpdump
 BENCH_PACKAGES = qemu-system-x86 qemu-utils iperf3
 
 help: ## Say what there is

@@ -257,9 +257,11 @@ impl Datagrams {
                     };
                     failed(c, key.guest, to, &self.buffer, what, by);
                 }
-                Kind::Echo(key, _) => {
+                Kind::Echo(key, raw) => {
                     let path = Path { from: [0; 6], to: [0; 6], src: key.guest, dst: key.far };
-                    if let Some(ident) = self.buffer.get_mut(4..6) {
+                    // Raw sockets are told the failures of all echoes to their peer.
+                    let own = |ident: &[u8]| raw.is_none_or(|r| *ident == r.to_be_bytes());
+                    if let Some(ident) = self.buffer.get_mut(4..6).filter(|i| own(i)) {
                         ident.copy_from_slice(&key.ident.to_be_bytes());
                         icmp::report(c, &path, if v4 { ICMP } else { ICMP6 }, &self.buffer, what, e.by);
                     }
