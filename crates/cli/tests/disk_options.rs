@@ -4,11 +4,10 @@ mod support;
 
 use ringfort_guest::TEST_PROMPT;
 use serde_json::{Value, json};
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
+use support::control::Control;
 use support::*;
 
 /// A guest at its prompt, whose machine's remarks come with what it says. `before` is done by the shell that starts it.
@@ -36,14 +35,6 @@ fn qemu_img(args: &[&str]) -> String {
 /// Bytes that a file takes on the host.
 fn taken(path: &Path) -> u64 {
     std::fs::metadata(path).expect("the file").blocks() * 512
-}
-
-fn patient(what: &str, mut done: impl FnMut() -> bool) {
-    let end = std::time::Instant::now() + PATIENCE;
-    while !done() {
-        assert!(std::time::Instant::now() < end, "{what} did not come about");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
 }
 
 #[test]
@@ -175,35 +166,6 @@ fn limits_of_speed_hold_a_guest_back() {
     let ms = took('d', "--rw=randread --bs=4k --number_ios=2000");
     assert!(ms < 50_000, "2000 reads with a limit of 20 writes a second took {ms} ms");
     power_off(g);
-}
-
-/// A client of the control socket.
-struct Control(BufReader<UnixStream>);
-
-impl Control {
-    fn connect(at: &Path) -> Control {
-        let mut c = Control(BufReader::new(UnixStream::connect(at).expect("the control socket")));
-        assert!(c.line()["QMP"].is_object());
-        c.ask("qmp_capabilities", json!({}));
-        c
-    }
-
-    fn line(&mut self) -> Value {
-        let mut line = String::new();
-        self.0.read_line(&mut line).expect("an answer");
-        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"))
-    }
-
-    fn say(&mut self, command: &str, arguments: Value) -> Value {
-        let text = json!({ "execute": command, "arguments": arguments }).to_string();
-        self.0.get_mut().write_all(text.as_bytes()).expect("is sent");
-        self.line()
-    }
-
-    fn ask(&mut self, command: &str, arguments: Value) -> Value {
-        let said = self.say(command, arguments);
-        said.get("return").unwrap_or_else(|| panic!("{command}: {said}")).clone()
-    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Dir, io, mixed, ok, ours, theirs, they_can};
+use common::{Dir, io, json, mixed, ok, ours, theirs, they_can};
 
 /// Values of each option; the first is the usual one.
 const AXES: &[(&str, &[&str])] = &[
@@ -18,6 +18,7 @@ const AXES: &[(&str, &[&str])] = &[
     ("data_file_raw", &["off", "on"]),
     ("backing", &["", "raw", "qcow2"]),
     ("compressed", &["", "yes"]),
+    ("bitmaps", &["", "one", "three"]),
 ];
 
 /// All with one option changed, all with two, and some with any.
@@ -57,7 +58,7 @@ fn what_qemu_img_makes_is_read_and_written() {
         let mut options: Vec<String> = AXES
             .iter()
             .zip(&c)
-            .filter(|((name, _), v)| **v > 0 && !matches!(*name, "backing" | "compressed" | "data_file"))
+            .filter(|((name, _), v)| **v > 0 && !matches!(*name, "backing" | "compressed" | "data_file" | "bitmaps"))
             .map(|((name, values), v)| format!("{name}={}", values[*v]))
             .collect();
         let (image, plain) = (d.path("image"), d.path("plain"));
@@ -95,11 +96,35 @@ fn what_qemu_img_makes_is_read_and_written() {
             continue;
         }
         made += 1;
+        // Bitmaps record what is written from now on; the last one is off.
+        let bitmaps = match value("bitmaps") {
+            "" => 0,
+            "one" => 1,
+            _ => 3,
+        };
+        for (tool, path) in [(theirs as fn(&[&str]) -> common::Said, &image), (ours, &plain)] {
+            for n in 0..bitmaps {
+                let (name, grain) = (format!("b{n}"), (4096u32 << (4 * n)).to_string());
+                let on = if n == 2 { "--disable" } else { "--enable" };
+                let add = ["bitmap", "--add", "-f", "qcow2", "-g", &grain, path, &name];
+                // Version 2 of the format has none, for either.
+                let said = tool(&add);
+                assert_eq!(said.0, u8::from(value("compat") == "0.10"), "{options:?}: {}", said.2);
+                if value("compat") != "0.10" {
+                    ok(tool(&["bitmap", on, "-f", "qcow2", path, &name]));
+                }
+            }
+        }
         // Both write to what they made, and to what the other made; each time both agree about it.
         let agree = |path: &str, want: &str| {
             ok(theirs(&["check", "-f", "qcow2", path]));
             let said = ours(&["check", path]);
             assert_eq!(said.0, 0, "{options:?}: {}", said.1);
+            let bitmaps = |run: fn(&[&str]) -> common::Said| {
+                let info = json(&ok(run(&["info", "--output=json", "-f", "qcow2", path])));
+                info["format-specific"]["data"]["bitmaps"].clone()
+            };
+            assert_eq!(bitmaps(ours), bitmaps(theirs), "{options:?}");
             ok(ours(&["compare", "-f", "qcow2", "-F", "raw", path, want]));
             ok(theirs(&["compare", "-f", "qcow2", "-F", "raw", path, want]));
         };

@@ -7,7 +7,7 @@ use ringfort_block::format::detect;
 use ringfort_block::node::{CacheMode, Throttle, Throttled, Tuned};
 use ringfort_block::storage::{FileStorage, StorageOptions};
 use ringfort_block::{BlockBackend, Format, ImageOptions, Overlay, open_storage_image};
-use ringfort_virtio::blk::{Blk, BlkOptions, OnError};
+use ringfort_virtio::blk::{Action, Blk, BlkOptions, OnError};
 use std::io::ErrorKind;
 use std::sync::Arc;
 
@@ -17,7 +17,9 @@ const DEFAULT_QUEUES: u32 = 4;
 /// A request that failed on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiskTrouble {
-    /// The disk's file.
+    /// Which disk, in the order of the configuration.
+    pub number: usize,
+    /// Its file.
     pub disk: String,
     /// It was to change the disk or to make changes durable.
     pub write: bool,
@@ -25,18 +27,19 @@ pub struct DiskTrouble {
     pub error: String,
     /// There is no space: it may go on by itself later.
     pub full: bool,
-    /// The machine is to stop until this is mended.
-    pub stop: bool,
+    /// What becomes of the request.
+    pub action: Action,
 }
 
 /// Who hears of it.
 pub type OnTrouble = Arc<dyn Fn(DiskTrouble) + Send + Sync>;
 
-/// Open `disk` for a machine with `cpus` vCPUs. `say` gets a line about what was chosen.
+/// Open `disk`, the one with this `number`, for a machine with `cpus` vCPUs. `say` gets a line about what was chosen.
 ///
 /// # Errors
 /// One line: which file, what is wrong, what to do.
 pub fn open(
+    number: usize,
     disk: &Disk,
     cpus: u32,
     trouble: &OnTrouble,
@@ -99,11 +102,12 @@ pub fn open(
     let (name, trouble) = (disk.path.display().to_string(), trouble.clone());
     blk.on_host_error(Box::new(move |e| {
         trouble(DiskTrouble {
+            number,
             disk: name.clone(),
             write: e.write,
             error: e.error.to_string(),
             full: matches!(e.error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded),
-            stop: e.stop,
+            action: e.action,
         });
     }));
     Ok((blk, open))

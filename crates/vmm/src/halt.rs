@@ -1,6 +1,7 @@
 //! A machine that stands because a disk's host has trouble.
 
 use crate::disk::DiskTrouble;
+use ringfort_virtio::blk::Action;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
@@ -11,10 +12,18 @@ const AGAIN: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub struct Halt {
     trouble: Option<DiskTrouble>,
-    /// The guest runs on trial since.
-    trial: Option<Instant>,
+    /// The guest runs on trial.
+    trial: Option<Trial>,
+    /// The user has stopped the machine.
+    stopped: bool,
     /// What was told already.
-    told: HashSet<(String, bool, String)>,
+    told: HashSet<(usize, bool, String)>,
+}
+
+struct Trial {
+    since: Instant,
+    /// Because the user wants it so.
+    wanted: bool,
 }
 
 /// What the main loop does.
@@ -32,31 +41,39 @@ impl Halt {
     /// A request failed: what to do, and what to say.
     pub fn trouble(&mut self, t: DiskTrouble) -> (Act, Option<String>) {
         let what = if t.write { "write" } else { "read" };
-        if !t.stop {
-            let new = self.told.insert((t.disk.clone(), t.write, t.error.clone()));
-            let line = format!("disk {}: {what} error: {}; the guest was told so", t.disk, t.error);
-            return (Act::Nothing, new.then_some(line));
-        }
-        let known = self.trouble.as_ref() == Some(&t);
-        let line = if t.full {
-            format!(
-                "disk {}: {}; the guest stands until there is space (Ctrl-A c tries at once)",
-                t.disk, t.error
-            )
-        } else {
-            format!(
-                "disk {}: {what} error: {}; the guest stands: mend it, then press Ctrl-A c",
-                t.disk, t.error
-            )
+        let known = self.is_known(&t);
+        let line = match t.action {
+            Action::Report => format!("{what} error: {}; the guest was told so", t.error),
+            Action::Ignore => format!("{what} error: {}; ignored, as the disk's options say", t.error),
+            Action::Stop if t.full => {
+                format!("{}; the guest stands until there is space (Ctrl-A c tries at once)", t.error)
+            }
+            Action::Stop => {
+                format!("{what} error: {}; the guest stands: mend it, then press Ctrl-A c", t.error)
+            }
         };
+        let line = (!known).then(|| format!("disk {}: {line}", t.disk));
+        if t.action != Action::Stop {
+            self.told.insert((t.number, t.write, t.error));
+            return (Act::Nothing, line);
+        }
         self.trouble = Some(t);
         self.trial = None;
-        (Act::Pause, (!known).then_some(line))
+        (Act::Pause, line)
+    }
+
+    /// Whether this is no news: the user has been told before, or the machine stands for it.
+    pub fn is_known(&self, t: &DiskTrouble) -> bool {
+        match t.action {
+            Action::Stop => self.trouble.as_ref() == Some(t),
+            _ => self.told.contains(&(t.number, t.write, t.error.clone())),
+        }
     }
 
     /// How long the main loop may wait for events.
     pub fn patience(&self) -> Option<Duration> {
-        match (&self.trouble, self.trial) {
+        match (&self.trouble, &self.trial) {
+            _ if self.stopped => None,
             (Some(_), Some(_)) => Some(AGAIN),
             (Some(t), None) if t.full => Some(AGAIN),
             _ => None,
@@ -65,9 +82,9 @@ impl Halt {
 
     /// Nothing happened for as long as [`patience`](Self::patience) said.
     pub fn waited(&mut self) -> (Act, Option<String>) {
-        match (&self.trouble, self.trial) {
-            (Some(t), None) if t.full => self.again(),
-            (Some(_), Some(since)) if since.elapsed() >= AGAIN => {
+        match (&self.trouble, &self.trial) {
+            (Some(t), None) if t.full => self.try_again(false),
+            (Some(_), Some(trial)) if trial.since.elapsed() >= AGAIN => {
                 let line = self.trouble.take().map(|t| format!("disk {}: the guest goes on", t.disk));
                 self.trial = None;
                 (Act::Nothing, line)
@@ -76,28 +93,59 @@ impl Halt {
         }
     }
 
-    /// Try again.
-    pub fn again(&mut self) -> (Act, Option<String>) {
-        if self.trouble.is_none() || self.trial.is_some() {
-            return (Act::Nothing, None);
-        }
-        self.trial = Some(Instant::now());
+    fn try_again(&mut self, wanted: bool) -> (Act, Option<String>) {
+        self.trial = Some(Trial { since: Instant::now(), wanted });
         (Act::Resume, None)
+    }
+
+    /// The user wants the machine to stop.
+    pub fn stop(&mut self) -> (Act, Option<String>) {
+        self.stopped = true;
+        // What was on trial is not decided.
+        self.trial = None;
+        (Act::Pause, None)
+    }
+
+    /// The user wants it to go on: what failed is tried again.
+    pub fn go_on(&mut self) -> (Act, Option<String>) {
+        match (&self.trouble, &mut self.trial) {
+            (Some(_), None) => {
+                self.stopped = false;
+                self.try_again(true)
+            }
+            (Some(_), Some(trial)) => {
+                trial.wanted = true;
+                (Act::Nothing, None)
+            }
+            _ if std::mem::take(&mut self.stopped) => (Act::Resume, None),
+            _ => (Act::Nothing, None),
+        }
     }
 
     /// Whether the machine is kept from running.
     pub fn stands(&self) -> bool {
-        self.trouble.is_some() && self.trial.is_none()
+        self.stopped || self.trouble.is_some() && self.trial.is_none()
     }
 
-    /// The trouble of the disk in file `disk` that the machine stands for, if any: whether it is a lack of space.
-    pub fn trouble_of(&self, disk: &str) -> Option<bool> {
-        self.trouble.as_ref().filter(|t| t.disk == disk).map(|t| t.full)
+    /// Why the machine stands, as QMP's `RunState` has it; `None` while it runs. A guest that is tried out by itself now and
+    /// then counts as standing until it has gone on.
+    pub fn status(&self) -> Option<&'static str> {
+        match (&self.trouble, &self.trial) {
+            _ if self.stopped => Some("paused"),
+            (Some(_), Some(trial)) if trial.wanted => None,
+            (Some(_), _) => Some("io-error"),
+            _ => None,
+        }
     }
 
-    /// The machine starts over.
+    /// The trouble that disk `number` has, if the machine stands for it: whether it is a lack of space.
+    pub fn trouble_of(&self, number: usize) -> Option<bool> {
+        self.trouble.as_ref().filter(|t| t.number == number).map(|t| t.full)
+    }
+
+    /// The machine starts over; one that the user has stopped stays so.
     pub fn forget(&mut self) {
-        *self = Halt::default();
+        *self = Halt { stopped: self.stopped, ..Halt::default() };
     }
 }
 
@@ -106,7 +154,8 @@ mod tests {
     use super::*;
 
     fn trouble(full: bool, stop: bool) -> DiskTrouble {
-        DiskTrouble { disk: "d".into(), write: true, error: "E".into(), full, stop }
+        let action = if stop { Action::Stop } else { Action::Report };
+        DiskTrouble { number: 0, disk: "d".into(), write: true, error: "E".into(), full, action }
     }
 
     #[test]
@@ -120,9 +169,11 @@ mod tests {
         assert_eq!(h.waited(), (Act::Resume, None));
         // Still full: it stands again, without a word.
         assert_eq!(h.trouble(trouble(true, true)), (Act::Pause, None));
-        assert_eq!(h.again(), (Act::Resume, None));
-        assert_eq!(h.again(), (Act::Nothing, None));
-        h.trial = Instant::now().checked_sub(AGAIN);
+        assert_eq!(h.status(), Some("io-error"));
+        assert_eq!(h.go_on(), (Act::Resume, None));
+        assert_eq!(h.go_on(), (Act::Nothing, None));
+        assert_eq!(h.status(), None);
+        h.trial = Instant::now().checked_sub(AGAIN).map(|since| Trial { since, wanted: true });
         let (act, line) = h.waited();
         assert_eq!((act, line.as_deref()), (Act::Nothing, Some("disk d: the guest goes on")));
         assert_eq!(h.patience(), None);
@@ -133,9 +184,29 @@ mod tests {
         let mut h = Halt::default();
         assert_eq!(h.trouble(trouble(false, true)).0, Act::Pause);
         assert_eq!((h.patience(), h.waited()), (None, (Act::Nothing, None)));
-        assert_eq!(h.again().0, Act::Resume);
+        assert_eq!(h.go_on().0, Act::Resume);
         h.forget();
-        assert_eq!(h.again().0, Act::Nothing);
+        assert_eq!(h.go_on().0, Act::Nothing);
+    }
+
+    #[test]
+    fn a_user_who_stops_the_machine_has_the_last_word() {
+        let mut h = Halt::default();
+        assert_eq!((h.stop().0, h.status(), h.stands()), (Act::Pause, Some("paused"), true));
+        assert_eq!((h.go_on().0, h.status(), h.stands()), (Act::Resume, None, false));
+        // Not even space lets it go on by itself.
+        h.trouble(trouble(true, true));
+        assert_eq!(h.waited().0, Act::Resume);
+        assert!(!h.stands() && h.status() == Some("io-error"));
+        h.stop();
+        assert_eq!((h.patience(), h.status()), (None, Some("paused")));
+        // A reset is no reason to go on.
+        h.forget();
+        assert!(h.stands());
+        // What failed just before it stood is tried again.
+        h.trouble(trouble(false, true));
+        assert_eq!((h.go_on().0, h.status()), (Act::Resume, None));
+        assert_eq!(h.patience(), Some(AGAIN));
     }
 
     #[test]

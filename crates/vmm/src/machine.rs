@@ -152,9 +152,9 @@ impl Machine {
 
         let ram = Arc::new(RamMap::new(&memory));
         let (mut virtio, mut disks, mut blks) = (Vec::new(), Vec::new(), Vec::new());
-        for disk in &config.disks {
+        for (number, disk) in config.disks.iter().enumerate() {
             let (device, open) =
-                crate::disk::open(disk, config.cpus, trouble, say).map_err(VmmError::Disk)?;
+                crate::disk::open(number, disk, config.cpus, trouble, say).map_err(VmmError::Disk)?;
             disks.push(open);
             blks.push(device.clone());
             virtio.push(add_virtio(&pc, &ram, device)?);

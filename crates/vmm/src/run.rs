@@ -3,6 +3,8 @@
 use crate::chardev::{Chardev, Command};
 use crate::config::{Serial, VmConfig};
 use crate::control;
+use crate::control::command::Wanted;
+use crate::control::events::{Cause, Events};
 use crate::disk::{DiskTrouble, OnTrouble};
 use crate::error::VmmError;
 use crate::gdb::{After, GdbEvent, GdbOption, Server, Session};
@@ -15,6 +17,7 @@ use ringfort_base::signals::SignalFd;
 use ringfort_base::{EventLoop, Handle, Interest, RawTerminal};
 use ringfort_devices::power::{PowerEvent, PowerSink};
 use ringfort_engine::DebugStop;
+use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -44,6 +47,8 @@ pub enum Outcome {
 enum Event {
     Power(PowerEvent),
     Command(Command),
+    /// By the control socket.
+    Ordered(Command),
     Disk(DiskTrouble),
     Vcpu(usize, VcpuEvent),
     Gdb(GdbEvent),
@@ -57,7 +62,12 @@ impl Event {
     fn is_from_user(&self) -> bool {
         matches!(
             self,
-            Event::Command(_) | Event::Signal | Event::SaveSignal | Event::Gdb(_) | Event::Control(_)
+            Event::Command(_)
+                | Event::Ordered(_)
+                | Event::Signal
+                | Event::SaveSignal
+                | Event::Gdb(_)
+                | Event::Control(_)
         )
     }
 }
@@ -126,8 +136,8 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     let signals = SignalFd::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1])
         .map_err(host("taking signals"))?;
     let mut main = EventLoop::new().map_err(host("making the main loop"))?;
-    let (events, queue) = channel();
-    let post = Post { events, wake: main.handle() };
+    let (sender, queue) = channel();
+    let post = Post { events: sender, wake: main.handle() };
 
     let open = |line: &Serial| {
         let from_keys = post.clone();
@@ -162,14 +172,14 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
             Some(Server::start(&g.address, move |e| from_gdb.send(Event::Gdb(e))).map_err(VmmError::Gdb)?)
         }
     };
-    let _control = match &control {
+    let mut events = Events::new(match &control {
         None => None,
         Some(path) => {
             let from_control = post.clone();
             let ask = move |r| from_control.send(Event::Control(r));
             Some(control::Server::start(path, ask).map_err(VmmError::Control)?)
         }
-    };
+    });
     let lines = Lines { serial, console };
     let mut machine = Machine::build(config, restore.as_ref(), lines, power, report, &trouble, &mut remark)?;
     if let Some(saved) = &mut restore {
@@ -220,14 +230,20 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
         main.turn(halt.patience()).map_err(host("waiting for events"))?;
         if halt.patience().is_some_and(|p| before.elapsed() >= p) {
             act(halt.waited(), &machine, ui, end);
+            events.stands(halt.status().is_some());
         }
         while let Some(event) = waiting.pop_front().or_else(|| queue.try_recv().ok()) {
             match next(config, event) {
                 Next::GoOn => {}
-                Next::Disk(trouble) => act(halt.trouble(trouble), &machine, ui, end),
-                Next::Continue => act(halt.again(), &machine, ui, end),
-                Next::End(outcome) => {
+                Next::CrashLoaded => events.tell("GUEST_CRASHLOADED", json!({ "action": "run" })),
+                Next::Disk(trouble) => {
+                    events.disk(&trouble, halt.is_known(&trouble));
+                    act(halt.trouble(trouble), &machine, ui, end);
+                }
+                Next::Continue => act(halt.go_on(), &machine, ui, end),
+                Next::End(outcome, cause) => {
                     machine.pause();
+                    events.shut_down(cause);
                     if let Some(path) = &stats {
                         write_statistics(&machine, path)?;
                     }
@@ -239,73 +255,91 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
                 Next::Gdb(event) => {
                     if session.as_mut().is_some_and(|s| s.event(event) == After::Kill) {
                         machine.pause();
+                        events.shut_down(Cause::User);
                         return Ok(Outcome::Quit);
                     }
                 }
                 Next::Stopped(vcpu, stop) => {
                     if session.as_mut().is_some_and(|s| s.stopped(vcpu, stop) == After::Kill) {
                         machine.pause();
+                        events.shut_down(Cause::User);
                         return Ok(Outcome::Quit);
                     }
                 }
                 Next::Control(request) => {
-                    match request.command.run(&machine, &halt, session.as_ref().is_some_and(Session::holds)) {
-                        Ok(answer) => request.answer(answer),
+                    let debugged = session.as_ref().is_some_and(Session::holds);
+                    let answer = match request.command.run(&machine, &halt, debugged) {
+                        Ok(answer) => answer,
                         Err(wanted) => {
-                            let done = Ok(serde_json::json!({}));
-                            if wanted == Command::Quit {
-                                request.last_answer(done);
-                            } else {
-                                request.answer(done);
+                            match wanted {
+                                Wanted::Stop => act(halt.stop(), &machine, ui, end),
+                                Wanted::Continue => act(halt.go_on(), &machine, ui, end),
+                                Wanted::Order(order) => waiting.push_back(Event::Ordered(order)),
                             }
-                            waiting.push_back(Event::Command(wanted));
+                            // Before the answer, as QEMU does.
+                            events.stands(halt.status().is_some());
+                            Ok(json!({}))
                         }
-                    }
+                    };
+                    request.answer(answer);
                 }
                 Next::Fail(e) => {
                     machine.pause();
+                    events.shut_down(Cause::HostError);
                     return Err(e);
                 }
-                Next::PowerButton => machine.power_button(),
+                Next::PowerButton => {
+                    events.tell("POWERDOWN", Value::Null);
+                    machine.power_button();
+                }
                 Next::ToggleLink => _ = machine.toggle_links(),
                 Next::Counters => {
                     for (name, n) in machine.net_statistics() {
                         ui.say(&format!("{name} {n}{end}"));
                     }
                 }
-                Next::Save if session.as_ref().is_some_and(Session::is_connected) => {
+                Next::Save(_) if session.as_ref().is_some_and(Session::is_connected) => {
                     ui.say(&format!("not saved while gdb is connected: detach it first{end}"));
                 }
-                Next::Save => {
+                Next::Save(cause) => {
                     machine.pause();
                     // What the guest did last counts: one that has just powered off is not saved.
                     waiting.extend(queue.try_iter());
                     if waiting.iter().any(|e| !e.is_from_user()) {
                         waiting.push_back(Event::SaveSignal);
-                        machine.resume();
+                        if !halt.stands() {
+                            machine.resume();
+                        }
                         continue;
                     }
                     let saved = machine.save(&save, &mut |what, done, total| ui.progress(what, done, total));
                     ui.progress_ends();
                     match saved {
-                        Ok(()) => return Ok(Outcome::Saved(save.path)),
+                        Ok(()) => {
+                            events.stands(true);
+                            events.shut_down(cause);
+                            return Ok(Outcome::Saved(save.path));
+                        }
+                        Err(e) if halt.stands() => ui.say(&format!("{e}{end}")),
                         Err(e) => {
                             ui.say(&format!("{e}; the guest goes on{end}"));
                             machine.resume();
                         }
                     }
                 }
-                Next::Reset => {
+                Next::Reset(cause) => {
                     machine.pause();
                     // What the old guest still had under way must not reset the new one; what the user wants holds.
                     waiting.extend(queue.try_iter().filter(Event::is_from_user));
                     machine.reset()?;
                     halt.forget();
-                    if session.as_ref().is_none_or(|s| !s.holds()) {
+                    events.reset(cause);
+                    if session.as_ref().is_none_or(|s| !s.holds()) && !halt.stands() {
                         machine.resume();
                     }
                 }
             }
+            events.stands(halt.status().is_some());
         }
     }
 }
@@ -336,9 +370,10 @@ fn act((act, line): (Act, Option<String>), machine: &Machine, ui: &mut dyn Ui, e
 
 enum Next {
     GoOn,
+    CrashLoaded,
     Disk(DiskTrouble),
     Continue,
-    End(Outcome),
+    End(Outcome, Cause),
     Fail(VmmError),
     Gdb(GdbEvent),
     Control(control::Request),
@@ -346,31 +381,48 @@ enum Next {
     PowerButton,
     ToggleLink,
     Counters,
-    Save,
-    Reset,
+    Save(Cause),
+    Reset(Cause),
 }
 
 fn next(config: &VmConfig, event: Event) -> Next {
-    let reset = if config.no_reboot { Next::End(Outcome::Reset) } else { Next::Reset };
+    let reset = if config.no_reboot {
+        Next::End(Outcome::Reset, Cause::GuestReset)
+    } else {
+        Next::Reset(Cause::GuestReset)
+    };
     match event {
-        Event::Power(PowerEvent::PowerOff) => Next::End(Outcome::PowerOff),
+        Event::Power(PowerEvent::PowerOff) => Next::End(Outcome::PowerOff, Cause::GuestShutdown),
         Event::Power(PowerEvent::Reset) => reset,
-        Event::Power(PowerEvent::Panicked) => Next::End(Outcome::Panicked),
-        Event::Power(PowerEvent::DebugExit(status)) => Next::End(Outcome::DebugExit(status as u8)),
-        Event::Power(PowerEvent::Suspend | PowerEvent::CrashLoaded | PowerEvent::ShuttingDown) => Next::GoOn,
-        Event::Command(Command::Quit) | Event::Signal => Next::End(Outcome::Quit),
-        Event::Command(Command::PowerButton) => Next::PowerButton,
-        Event::Command(Command::ToggleLink) => Next::ToggleLink,
-        Event::Command(Command::Counters) => Next::Counters,
-        Event::Command(Command::Save) | Event::SaveSignal => Next::Save,
-        // Asked for by the user, not by the guest: it boots again in any case.
-        Event::Command(Command::Reset) => Next::Reset,
+        Event::Power(PowerEvent::Panicked) => Next::End(Outcome::Panicked, Cause::GuestPanic),
+        Event::Power(PowerEvent::DebugExit(status)) => {
+            Next::End(Outcome::DebugExit(status as u8), Cause::GuestShutdown)
+        }
+        Event::Power(PowerEvent::CrashLoaded) => Next::CrashLoaded,
+        Event::Power(PowerEvent::Suspend | PowerEvent::ShuttingDown) => Next::GoOn,
+        Event::Command(c) => order(c, Cause::User),
+        Event::Ordered(c) => order(c, Cause::Control),
+        Event::Signal => order(Command::Quit, Cause::Signal),
+        Event::SaveSignal => order(Command::Save, Cause::Signal),
         Event::Disk(trouble) => Next::Disk(trouble),
-        Event::Command(Command::Continue) => Next::Continue,
         Event::Vcpu(_, VcpuEvent::Shutdown) => reset,
         Event::Vcpu(vcpu, VcpuEvent::Debug(stop)) => Next::Stopped(vcpu, stop),
         Event::Gdb(event) => Next::Gdb(event),
         Event::Control(request) => Next::Control(request),
         Event::Vcpu(_, VcpuEvent::Failed(e)) => Next::Fail(e.into()),
+    }
+}
+
+/// What the user wants, by whatever way.
+fn order(command: Command, cause: Cause) -> Next {
+    match command {
+        Command::Quit => Next::End(Outcome::Quit, cause),
+        Command::PowerButton => Next::PowerButton,
+        Command::ToggleLink => Next::ToggleLink,
+        Command::Counters => Next::Counters,
+        Command::Save => Next::Save(cause),
+        // Asked for by the user, not by the guest: it boots again in any case.
+        Command::Reset => Next::Reset(cause),
+        Command::Continue => Next::Continue,
     }
 }

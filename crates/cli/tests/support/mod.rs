@@ -1,6 +1,7 @@
 //! Drives a guest over the serial console of the real `ringfort` binary.
 #![allow(dead_code, reason = "each test crate uses its part")]
 
+pub mod control;
 pub mod full_kernel;
 pub mod netns;
 pub mod tiny;
@@ -13,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The longest that a guest may take for one step. Only a hang runs into it: steps end by what they wait for.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Guests run one at a time, so that they do not take the CPU from each other.
 pub fn one_at_a_time() -> MutexGuard<'static, ()> {
@@ -327,4 +328,13 @@ pub fn host_seconds() -> i64 {
 /// A path as text.
 pub fn text(path: &Path) -> &str {
     path.to_str().expect("a path that is text")
+}
+
+/// Wait until something is so that tells nobody of it.
+pub fn patient(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < end, "{what} did not come about");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }

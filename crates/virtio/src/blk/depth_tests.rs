@@ -28,14 +28,14 @@ fn status_of(rig: &Rig, n: u64) -> u8 {
     rig.read(place(n).1, 1)[0]
 }
 
-type Told = Arc<Mutex<Vec<(bool, Option<i32>, bool)>>>;
+type Told = Arc<Mutex<Vec<(bool, Option<i32>, Action)>>>;
 
 fn faulty(options: &BlkOptions) -> (Arc<Faulty>, Arc<Blk>, Told) {
     let backend = Arc::new(Faulty::new(Arc::new(RamDisk::new(1 << 20))));
     let blk = Arc::new(Blk::new(backend.clone(), options).unwrap());
     let told = Told::default();
     let list = told.clone();
-    blk.on_host_error(Box::new(move |e| lock(&list).push((e.write, e.error.raw_os_error(), e.stop))));
+    blk.on_host_error(Box::new(move |e| lock(&list).push((e.write, e.error.raw_os_error(), e.action))));
     (backend, blk, told)
 }
 
@@ -54,7 +54,7 @@ fn a_full_host_stops_the_machine_and_the_requests_are_done_when_it_goes_on() {
             std::thread::yield_now();
         }
         rig.core.pause();
-        assert_eq!(*lock(&told), [(true, Some(libc::ENOSPC), true)], "told once");
+        assert_eq!(*lock(&told), [(true, Some(libc::ENOSPC), Action::Stop)], "told once");
         assert!((0..4).all(|n| status_of(&rig, n) == 0xee), "nothing is complete");
         // Still full: told again, since it went on.
         rig.core.resume();
@@ -116,19 +116,19 @@ fn requests_that_wait_for_space_outlive_a_save_or_end_at_a_reset() {
 #[test]
 fn errors_are_reported_ignored_or_stop_as_asked() {
     let eio = |read| Fault { read, write: !read, flush: !read, errno: libc::EIO, after: 0, times: u64::MAX };
-    for (rerror, werror, read, status, stop) in [
-        (OnError::Report, OnError::Enospc, true, 1, false),
-        (OnError::Report, OnError::Enospc, false, 1, false),
-        (OnError::Ignore, OnError::Ignore, true, 0, false),
-        (OnError::Ignore, OnError::Ignore, false, 0, false),
-        (OnError::Stop, OnError::Report, true, 0xee, true),
-        (OnError::Report, OnError::Stop, false, 0xee, true),
+    for (rerror, werror, read, status, action) in [
+        (OnError::Report, OnError::Enospc, true, 1, Action::Report),
+        (OnError::Report, OnError::Enospc, false, 1, Action::Report),
+        (OnError::Ignore, OnError::Ignore, true, 0, Action::Ignore),
+        (OnError::Ignore, OnError::Ignore, false, 0, Action::Ignore),
+        (OnError::Stop, OnError::Report, true, 0xee, Action::Stop),
+        (OnError::Report, OnError::Stop, false, 0xee, Action::Stop),
     ] {
         let (backend, blk, told) = faulty(&BlkOptions { rerror, werror, ..Default::default() });
         let mut rig = Rig::new(blk, F_FLUSH);
         backend.set(Some(eio(read)));
         send(&mut rig, 0, 0, if read { IN } else { OUT }, 0, 512);
-        if stop {
+        if action == Action::Stop {
             while lock(&told).is_empty() {
                 std::thread::yield_now();
             }
@@ -136,7 +136,7 @@ fn errors_are_reported_ignored_or_stop_as_asked() {
             rig.used(0);
         }
         assert_eq!(status_of(&rig, 0), status);
-        assert_eq!(*lock(&told), [(!read, Some(libc::EIO), stop)]);
+        assert_eq!(*lock(&told), [(!read, Some(libc::EIO), action)]);
     }
 }
 

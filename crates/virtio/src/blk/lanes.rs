@@ -1,7 +1,7 @@
 //! Requests under way, and those that wait for the machine to go on after a host error.
 
 use super::request::{Outcome, Step, Transfer};
-use super::{Blk, OnError};
+use super::{Action, Blk, OnError};
 use crate::{Queue, QueueError, Quick, Served};
 use ringfort_block::aio::{Done, Lane, Request};
 use ringfort_bus::lock;
@@ -74,12 +74,16 @@ impl Blk {
                     parked.push((request, payload));
                     // Told once, whatever the number of requests.
                     if !self.held.swap(true, Ordering::SeqCst) {
-                        self.tell(write, e, true);
+                        self.tell(write, e, Action::Stop);
                     }
                     return;
                 }
-                self.tell(write, e, false);
-                if policy == OnError::Ignore { Outcome::Ok } else { Outcome::from(e) }
+                let (action, outcome) = match policy {
+                    OnError::Ignore => (Action::Ignore, Outcome::Ok),
+                    _ => (Action::Report, Outcome::from(e)),
+                };
+                self.tell(write, e, action);
+                outcome
             }
         };
         let written = payload.finish(outcome);

@@ -57,8 +57,19 @@ pub struct HostError<'a> {
     pub write: bool,
     /// What the host says.
     pub error: &'a io::Error,
+    /// What becomes of the request.
+    pub action: Action,
+}
+
+/// What was done about a request that failed, by [`OnError`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// The driver was told of the error.
+    Report,
+    /// The driver was told that it succeeded.
+    Ignore,
     /// The machine is to stop. Told once until it goes on.
-    pub stop: bool,
+    Stop,
 }
 
 /// Who hears of host errors. Called on I/O threads and vCPUs; it must not wait for the device.
@@ -165,9 +176,9 @@ impl Blk {
         let _ = self.on_error.set(listener);
     }
 
-    fn tell(&self, write: bool, error: &io::Error, stop: bool) {
+    fn tell(&self, write: bool, error: &io::Error, action: Action) {
         if let Some(listener) = self.on_error.get() {
-            listener(&HostError { write, error, stop });
+            listener(&HostError { write, error, action });
         }
     }
 

@@ -29,12 +29,24 @@ pub enum Command {
         /// Bytes.
         size: u64,
     },
-    /// What the terminal's escape key can order as well: `cont`, `system_powerdown`, `system_reset`, `quit`.
+    /// `stop`: pause the machine.
+    Stop,
+    /// `cont`: let it go on, also after a disk's trouble.
+    Continue,
+    /// What the terminal's escape key can order as well: `system_powerdown`, `system_reset`, `quit`.
+    Order(Order),
+}
+
+/// What the main loop is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Stop,
+    Continue,
     Order(Order),
 }
 
 /// The names of all commands.
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 12] = [
     "qmp_capabilities",
     "query-commands",
     "query-version",
@@ -42,6 +54,7 @@ const NAMES: [&str; 11] = [
     "query-status",
     "query-block",
     "block_resize",
+    "stop",
     "cont",
     "system_powerdown",
     "system_reset",
@@ -50,6 +63,11 @@ const NAMES: [&str; 11] = [
 
 /// What disks are called.
 const DISK: &str = "virtio";
+
+/// The name of disk `number`.
+pub(super) fn device(number: usize) -> String {
+    format!("{DISK}{number}")
+}
 
 impl Command {
     /// Understand what a client sent. `None` when the client only `negotiated`.
@@ -102,7 +120,8 @@ impl Command {
                     .ok_or_else(|| Refusal::new("block_resize needs 'size', a number of bytes"))?;
                 Command::ResizeDisk { disk, size }
             }
-            "cont" => Command::Order(Order::Continue),
+            "stop" => Command::Stop,
+            "cont" => Command::Continue,
             "system_powerdown" => Command::Order(Order::PowerButton),
             "system_reset" => Command::Order(Order::Reset),
             "quit" => Command::Order(Order::Quit),
@@ -113,18 +132,14 @@ impl Command {
     /// Do it, if it needs the machine alone.
     ///
     /// # Errors
-    /// An order, which is the main loop's to do.
-    pub(crate) fn run(&self, machine: &Machine, halt: &Halt, debugged: bool) -> Result<Answer, Order> {
+    /// What is the main loop's to do.
+    pub(crate) fn run(&self, machine: &Machine, halt: &Halt, debugged: bool) -> Result<Answer, Wanted> {
         Ok(Ok(match self {
             Command::Commands => NAMES.iter().map(|n| json!({ "name": n })).collect(),
             Command::Version => version(),
             Command::Name => json!({ "name": machine.config.name }),
             Command::Status => {
-                let status = match (halt.stands(), debugged) {
-                    (true, _) => "io-error",
-                    (_, true) => "debug",
-                    _ => "running",
-                };
+                let status = halt.status().or(debugged.then_some("debug")).unwrap_or("running");
                 json!({ "running": status == "running", "status": status })
             }
             Command::Disks => {
@@ -138,7 +153,12 @@ impl Command {
                     Err(e) => Err(Refusal::new(e.to_string())),
                 });
             }
-            Command::Order(order) => return Err(*order),
+            Command::Stop | Command::Continue if debugged => {
+                return Ok(Err(Refusal::new("gdb holds the guest: let it go on from there")));
+            }
+            Command::Stop => return Err(Wanted::Stop),
+            Command::Continue => return Err(Wanted::Continue),
+            Command::Order(order) => return Err(Wanted::Order(*order)),
         }))
     }
 }
@@ -149,9 +169,9 @@ fn describe(n: usize, disk: &Disk, open: &OpenDisk, halt: &Halt) -> Value {
     let (format, size) = (open.format.name(), open.backend.size());
     let rate = |b: &Bucket| b.avg;
     let t = &disk.throttle;
-    let full = halt.trouble_of(&path);
+    let full = halt.trouble_of(n);
     json!({
-        "device": format!("{DISK}{n}"),
+        "device": device(n),
         "type": "unknown",
         "removable": false,
         "locked": false,

@@ -1,0 +1,187 @@
+//! Errors of the host in real guests: told to the guest, or the machine stands until they are mended; and what a client of
+//! the control socket hears of it.
+
+mod support;
+
+use ringfort_guest::TEST_PROMPT;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::process::Command;
+use support::control::Control;
+use support::*;
+
+/// A guest whose machine is started by `wrapper` and whose machine's remarks come with what it says.
+fn start(wrapper: &str, options: &[&str], disks: &[String]) -> Guest {
+    let mut c = Command::new("sh");
+    c.args(["-c", &format!("{wrapper} \"$@\" 2>&1"), "sh", env!("CARGO_BIN_EXE_ringfort")]);
+    c.args(test_run_args(options, disks));
+    let mut g = Guest::start(c);
+    g.expect(TEST_PROMPT);
+    g
+}
+
+fn power_off(mut g: Guest) {
+    g.send("poweroff -f\n");
+    assert_eq!(g.wait().code(), Some(0));
+}
+
+fn set_len(file: &Path, len: u64) {
+    std::fs::OpenOptions::new().write(true).open(file).and_then(|f| f.set_len(len)).expect("another length");
+}
+
+fn failed(operation: &str, device: &str, action: &str, nospace: bool) -> impl Fn(&Value) -> bool {
+    let want = json!([device, operation, action, nospace]);
+    move |e| json!([e["device"], e["operation"], e["action"], e["nospace"]]) == want
+}
+
+#[test]
+fn bad_sectors_are_told_to_the_guest_or_make_it_stand() {
+    let _turn = one_at_a_time();
+    let s = Scratch::new("disk-eio");
+    let script = s.file("bad_sectors.py", include_bytes!("support/bad_sectors.py"));
+    let (reports, stands, ignores) =
+        (s.disk("reports.raw", 16 << 20), s.disk("stands.raw", 16 << 20), s.disk("ignores.raw", 16 << 20));
+    let socket = s.0.join("control");
+    // Nothing of what the machine reads itself (its kernel, by mapping or from the start) is there: 9 to 10 MiB.
+    let wrapper = format!("exec python3 {} 0x900000 0xa00000", text(&script));
+    let disk = |path: &Path, more: &str| format!("path={},format=raw,aio=threads,{more}", text(path));
+    let mut g = start(
+        &wrapper,
+        &["--control", text(&socket)],
+        &[
+            disk(&reports, "cache=none"),
+            disk(&stands, "werror=stop,rerror=stop"),
+            disk(&ignores, "werror=ignore,rerror=ignore"),
+        ],
+    );
+    let mut control = Control::connect(&socket);
+    g.shell("head -c 2097152 /dev/urandom >/tmp/x");
+    // Told: the guest's own I/O error, for writes and for reads; what lies beside is written and read.
+    g.send("dd if=/tmp/x of=/dev/vda bs=1M seek=9 count=1 oflag=direct; echo rf-'status':$?\n");
+    g.expect("write error: Input/output error (os error 5); the guest was told so");
+    g.expect("rf-status:1");
+    let event = control.event("BLOCK_IO_ERROR");
+    assert!(failed("write", "virtio0", "report", false)(&event), "{event}");
+    assert!(event["reason"].as_str().is_some_and(|r| r.contains("Input/output error")), "{event}");
+    g.send("dd if=/dev/vda of=/dev/null bs=1M skip=9 count=1 iflag=direct; echo rf-'status':$?\n");
+    g.expect("read error: Input/output error (os error 5); the guest was told so");
+    g.expect("rf-status:1");
+    assert!(failed("read", "virtio0", "report", false)(&control.event("BLOCK_IO_ERROR")));
+    g.shell("dd if=/tmp/x of=/dev/vda bs=1M seek=8 count=1 oflag=direct conv=fsync 2>/dev/null");
+    assert_eq!(control.ask("query-status", json!({}))["status"], "running");
+    // Ignored, as asked.
+    g.send("dd if=/tmp/x of=/dev/vdc bs=1M seek=9 count=1 oflag=direct 2>/dev/null; echo rf-'status':$?\n");
+    g.expect("ignored, as the disk's options say");
+    g.expect("rf-status:0");
+    while !failed("write", "virtio2", "ignore", false)(&control.event("BLOCK_IO_ERROR")) {}
+    // The machine stands, and does so again as long as nothing is mended.
+    g.send("dd if=/tmp/x of=/dev/vdb bs=1M seek=9 count=1 oflag=direct\n");
+    g.expect("stands.raw: write error: Input/output error (os error 5); the guest stands: mend it");
+    let stood = |control: &mut Control| {
+        let event = control.event("BLOCK_IO_ERROR");
+        assert!(failed("write", "virtio1", "stop", false)(&event), "{event}");
+        control.event("STOP");
+    };
+    stood(&mut control);
+    assert_eq!(control.ask("query-status", json!({})), json!({ "running": false, "status": "io-error" }));
+    assert_eq!(control.ask("query-block", json!({}))[1]["io-status"], "failed");
+    control.ask("cont", json!({}));
+    control.event("RESUME");
+    control.event("STOP");
+    // A reset gives it up.
+    control.ask("system_reset", json!({}));
+    assert_eq!(control.event("RESET"), json!({ "guest": false, "reason": "host-qmp-system-reset" }));
+    control.event("RESUME");
+    g.expect(TEST_PROMPT);
+    assert_eq!(control.ask("query-block", json!({}))[1]["io-status"], "ok");
+    control.ask("quit", json!({}));
+    assert_eq!(control.event("SHUTDOWN"), json!({ "guest": false, "reason": "host-qmp-quit" }));
+    assert_eq!(g.wait().code(), Some(0));
+    // What was written beside the bad sectors is there.
+    let there = std::fs::read(&reports).expect("a disk");
+    assert!(there[8 << 20..9 << 20].iter().any(|b| *b != 0) && there[9 << 20..].iter().all(|b| *b == 0));
+}
+
+#[test]
+fn what_failed_is_done_when_it_is_mended() {
+    let _turn = one_at_a_time();
+    let s = Scratch::new("disk-mended");
+    let (stands, short) = (s.disk("stands.raw", 32 << 20), s.file("short.raw", &vec![0x55; 16 << 20]));
+    let socket = s.0.join("control");
+    // The host lets nothing be written behind 12 MiB: EFBIG (setrlimit(2)), until the limit is lifted.
+    let mut g = start(
+        "ulimit -S -f 24576; exec",
+        &["--control", text(&socket)],
+        &[
+            format!("path={},format=raw,werror=stop", text(&stands)),
+            format!("path={},format=raw,rerror=stop", text(&short)),
+        ],
+    );
+    let mut control = Control::connect(&socket);
+    let pid = g.pid();
+    g.shell("head -c 4194304 /dev/urandom >/tmp/x");
+    g.shell("dd if=/tmp/x of=/dev/vda bs=1M conv=notrunc,fsync 2>/dev/null");
+    g.send("dd if=/tmp/x of=/dev/vda bs=1M seek=16 conv=notrunc,fsync 2>/dev/null; echo rf-'status':$?\n");
+    g.expect("write error: File too large (os error 27); the guest stands: mend it, then press Ctrl-A c");
+    assert!(failed("write", "virtio0", "stop", false)(&control.event("BLOCK_IO_ERROR")));
+    control.event("STOP");
+    let lifted = Command::new("prlimit").args(["--fsize=unlimited:", "--pid", &pid.to_string()]).status();
+    assert!(lifted.expect("prlimit (Debian package util-linux)").success());
+    control.ask("cont", json!({}));
+    control.event("RESUME");
+    g.expect("rf-status:0");
+    g.shell("md5sum </tmp/x >/tmp/sum; blockdev --flushbufs /dev/vda");
+    g.shell("dd if=/dev/vda bs=1M skip=16 count=4 2>/dev/null | md5sum | cmp - /tmp/sum");
+    // The same for a read: the file has become too short, and then has its length again.
+    set_len(&short, 1 << 20);
+    g.send("dd if=/dev/vdb bs=1M skip=8 count=4 iflag=direct 2>/dev/null | tr -d '\\0' | wc -c; echo rf-'end'\n");
+    g.expect("read error: ");
+    g.expect("the guest stands: mend it");
+    assert!(failed("read", "virtio1", "stop", false)(&control.event("BLOCK_IO_ERROR")));
+    control.event("STOP");
+    set_len(&short, 16 << 20);
+    g.send("\x01c");
+    control.event("RESUME");
+    assert!(g.expect("rf-end").contains("\n0\r\n"));
+    // Nothing is left of it.
+    patient("an end of the trouble", || control.ask("query-block", json!({}))[1]["io-status"] == "ok");
+    control.nothing();
+    power_off(g);
+}
+
+#[test]
+fn a_client_stops_a_guest_and_lets_it_go_on() {
+    let _turn = one_at_a_time();
+    let s = Scratch::new("disk-stop");
+    let disk = s.disk("a.raw", 16 << 20);
+    let socket = s.0.join("control");
+    let mut g = start("exec", &["--control", text(&socket)], &[format!("path={},format=raw", text(&disk))]);
+    let mut control = Control::connect(&socket);
+    g.send("(n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); echo \"turn $n.\"; done) &\n");
+    g.expect("turn 10.");
+    control.ask("stop", json!({}));
+    control.event("STOP");
+    assert_eq!(control.ask("query-status", json!({})), json!({ "running": false, "status": "paused" }));
+    control.ask("stop", json!({}));
+    control.nothing();
+    // Its disk can change meanwhile; a reset does not start it.
+    control.ask("block_resize", json!({ "device": "virtio0", "size": 24 << 20 }));
+    control.ask("cont", json!({}));
+    control.event("RESUME");
+    control.ask("cont", json!({}));
+    control.nothing();
+    g.expect("turn ");
+    g.shell("touch /tmp/stop; wait; until [ $(cat /sys/block/vda/size) = 49152 ]; do sleep 0.1; done");
+    control.ask("stop", json!({}));
+    control.event("STOP");
+    control.ask("system_reset", json!({}));
+    control.event("RESET");
+    assert_eq!(control.ask("query-status", json!({}))["status"], "paused");
+    control.ask("cont", json!({}));
+    control.event("RESUME");
+    g.expect(TEST_PROMPT);
+    control.nothing();
+    g.send("poweroff -f\n");
+    assert_eq!(control.event("SHUTDOWN"), json!({ "guest": true, "reason": "guest-shutdown" }));
+    assert_eq!(g.wait().code(), Some(0));
+}
