@@ -134,7 +134,7 @@ Keys of --disk, as QEMU's -drive has them (the first value is the default):
 
 Commands at the control socket (--control), one JSON object each, after {\"execute\":\"qmp_capabilities\"}:
   block_resize {\"device\":\"virtio0\",\"size\":BYTES}   another size for the first disk; the guest hears of it
-  query-block  query-status  query-name  query-version  query-commands  cont  system_powerdown  system_reset  quit
+  stop  cont  system_powerdown  system_reset  quit  query-block  query-status  query-name  query-version  query-commands
 
 Exit status:
   0  the guest powered off, Ctrl-A x or s     3  the guest reset (--no-reboot)

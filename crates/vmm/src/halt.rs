@@ -14,6 +14,8 @@ pub struct Halt {
     trouble: Option<DiskTrouble>,
     /// The guest runs on trial.
     trial: Option<Trial>,
+    /// When the trouble or the trial began.
+    since: Option<Instant>,
     /// The user has stopped the machine.
     stopped: bool,
     /// What was told already.
@@ -21,7 +23,6 @@ pub struct Halt {
 }
 
 struct Trial {
-    since: Instant,
     /// Because the user wants it so.
     wanted: bool,
 }
@@ -59,6 +60,7 @@ impl Halt {
         }
         self.trouble = Some(t);
         self.trial = None;
+        self.since = Some(Instant::now());
         (Act::Pause, line)
     }
 
@@ -72,19 +74,21 @@ impl Halt {
 
     /// How long the main loop may wait for events.
     pub fn patience(&self) -> Option<Duration> {
-        match (&self.trouble, &self.trial) {
-            _ if self.stopped => None,
-            (Some(_), Some(_)) => Some(AGAIN),
-            (Some(t), None) if t.full => Some(AGAIN),
-            _ => None,
-        }
+        let waits = match (&self.trouble, &self.trial) {
+            _ if self.stopped => false,
+            (Some(_), Some(_)) => true,
+            (Some(t), None) => t.full,
+            (None, _) => false,
+        };
+        waits.then(|| AGAIN.saturating_sub(self.since.map_or(AGAIN, |s| s.elapsed())))
     }
 
-    /// Nothing happened for as long as [`patience`](Self::patience) said.
+    /// Time has gone by: whether as much as [`patience`](Self::patience) said is found out here.
     pub fn waited(&mut self) -> (Act, Option<String>) {
         match (&self.trouble, &self.trial) {
+            _ if self.patience() != Some(Duration::ZERO) => (Act::Nothing, None),
             (Some(t), None) if t.full => self.try_again(false),
-            (Some(_), Some(trial)) if trial.since.elapsed() >= AGAIN => {
+            (Some(_), Some(_)) => {
                 let line = self.trouble.take().map(|t| format!("disk {}: the guest goes on", t.disk));
                 self.trial = None;
                 (Act::Nothing, line)
@@ -94,7 +98,8 @@ impl Halt {
     }
 
     fn try_again(&mut self, wanted: bool) -> (Act, Option<String>) {
-        self.trial = Some(Trial { since: Instant::now(), wanted });
+        self.trial = Some(Trial { wanted });
+        self.since = Some(Instant::now());
         (Act::Resume, None)
     }
 
@@ -158,6 +163,10 @@ mod tests {
         DiskTrouble { number: 0, disk: "d".into(), write: true, error: "E".into(), full, action }
     }
 
+    fn later(h: &mut Halt) {
+        h.since = Instant::now().checked_sub(AGAIN);
+    }
+
     #[test]
     fn a_lack_of_space_is_tried_again_and_told_once() {
         let mut h = Halt::default();
@@ -165,7 +174,9 @@ mod tests {
         let (act, line) = h.trouble(trouble(true, true));
         assert_eq!(act, Act::Pause);
         assert!(line.unwrap().contains("until there is space"));
-        assert_eq!(h.patience(), Some(AGAIN));
+        assert!(h.patience().is_some_and(|p| p > Duration::ZERO));
+        assert_eq!(h.waited(), (Act::Nothing, None));
+        later(&mut h);
         assert_eq!(h.waited(), (Act::Resume, None));
         // Still full: it stands again, without a word.
         assert_eq!(h.trouble(trouble(true, true)), (Act::Pause, None));
@@ -173,7 +184,8 @@ mod tests {
         assert_eq!(h.go_on(), (Act::Resume, None));
         assert_eq!(h.go_on(), (Act::Nothing, None));
         assert_eq!(h.status(), None);
-        h.trial = Instant::now().checked_sub(AGAIN).map(|since| Trial { since, wanted: true });
+        assert_eq!(h.waited(), (Act::Nothing, None));
+        later(&mut h);
         let (act, line) = h.waited();
         assert_eq!((act, line.as_deref()), (Act::Nothing, Some("disk d: the guest goes on")));
         assert_eq!(h.patience(), None);
@@ -196,6 +208,7 @@ mod tests {
         assert_eq!((h.go_on().0, h.status(), h.stands()), (Act::Resume, None, false));
         // Not even space lets it go on by itself.
         h.trouble(trouble(true, true));
+        later(&mut h);
         assert_eq!(h.waited().0, Act::Resume);
         assert!(!h.stands() && h.status() == Some("io-error"));
         h.stop();
@@ -206,7 +219,7 @@ mod tests {
         // What failed just before it stood is tried again.
         h.trouble(trouble(false, true));
         assert_eq!((h.go_on().0, h.status()), (Act::Resume, None));
-        assert_eq!(h.patience(), Some(AGAIN));
+        assert!(h.patience().is_some());
     }
 
     #[test]

@@ -24,7 +24,6 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 /// How a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,9 +131,10 @@ pub struct Options {
 pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outcome, VmmError> {
     config.validate(ringfort_base::host::memory().total)?;
     let host = |what: &'static str| move |source: io::Error| VmmError::Host { what, source };
-    // Before any thread starts, so that all inherit the mask.
-    let signals = SignalFd::new(&[libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1])
-        .map_err(host("taking signals"))?;
+    // Before any thread starts, so that all inherit the mask. A write behind the limit for files is to fail, not to end the
+    // process (setrlimit(2), RLIMIT_FSIZE).
+    let mask = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGUSR1, libc::SIGXFSZ];
+    let signals = SignalFd::new(&mask).map_err(host("taking signals"))?;
     let mut main = EventLoop::new().map_err(host("making the main loop"))?;
     let (sender, queue) = channel();
     let post = Post { events: sender, wake: main.handle() };
@@ -205,7 +205,12 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     let signals = &signals;
     main.add(signals, Interest::READ, move |_, _| {
         while let Ok(Some(signal)) = signals.next() {
-            post.send(if signal == libc::SIGUSR1 { Event::SaveSignal } else { Event::Signal });
+            match signal {
+                // The request that failed says so.
+                libc::SIGXFSZ => {}
+                libc::SIGUSR1 => post.send(Event::SaveSignal),
+                _ => post.send(Event::Signal),
+            }
         }
     })
     .map_err(host("taking signals"))?;
@@ -226,12 +231,9 @@ pub fn run(config: &VmConfig, options: Options, ui: &mut dyn Ui) -> Result<Outco
     // The terminal is raw.
     let end = if on_terminal { "\r" } else { "" };
     loop {
-        let before = Instant::now();
         main.turn(halt.patience()).map_err(host("waiting for events"))?;
-        if halt.patience().is_some_and(|p| before.elapsed() >= p) {
-            act(halt.waited(), &machine, ui, end);
-            events.stands(halt.status().is_some());
-        }
+        act(halt.waited(), &machine, ui, end);
+        events.stands(halt.status().is_some());
         while let Some(event) = waiting.pop_front().or_else(|| queue.try_recv().ok()) {
             match next(config, event) {
                 Next::GoOn => {}

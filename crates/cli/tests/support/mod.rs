@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The longest that a guest may take for one step. Only a hang runs into it: steps end by what they wait for.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Guests run one at a time, so that they do not take the CPU from each other.
 pub fn one_at_a_time() -> MutexGuard<'static, ()> {

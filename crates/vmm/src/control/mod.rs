@@ -385,9 +385,9 @@ mod tests {
         while server.listener.get().is_some() {
             server.event("RESET", json!({ "long": long }));
         }
+        // What had reached it already it can still read; then it is told that this is all.
         let mut rest = Vec::new();
-        let _ = c.0.read_to_end(&mut rest);
-        assert!(rest.len() > 10_000);
+        assert!(c.0.read_to_end(&mut rest).is_ok_and(|n| n < 1000 * long.len()));
         server.flush();
     }
 }
