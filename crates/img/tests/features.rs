@@ -58,7 +58,9 @@ fn what_qemu_img_makes_is_read_and_written() {
         let mut options: Vec<String> = AXES
             .iter()
             .zip(&c)
-            .filter(|((name, _), v)| **v > 0 && !matches!(*name, "backing" | "compressed" | "data_file" | "bitmaps"))
+            .filter(|((name, _), v)| {
+                **v > 0 && !matches!(*name, "backing" | "compressed" | "data_file" | "bitmaps")
+            })
             .map(|((name, values), v)| format!("{name}={}", values[*v]))
             .collect();
         let (image, plain) = (d.path("image"), d.path("plain"));
