@@ -36,8 +36,8 @@ impl Session {
     }
 
     /// Ended, with the terminal as it was.
-    fn restored(&self) {
-        assert_eq!(stty(&self.terminal, &["-g"]), self.before);
+    fn restored(&self, why: &str) {
+        assert_eq!(stty(&self.terminal, &["-g"]), self.before, "{why}");
     }
 }
 
@@ -70,7 +70,7 @@ fn keys_go_to_the_guest_as_they_are() {
     s.guest.expect("still here");
     s.guest.send("\x01x");
     assert_eq!(s.guest.end().code(), Some(0));
-    s.restored();
+    s.restored("");
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn a_signal_that_asks_to_end_restores_the_terminal() {
         let mut s = Session::start(&format!("term-{name}"));
         s.guest.signal(name);
         assert_eq!(s.guest.end().code(), Some(0), "{name}");
-        s.restored();
+        s.restored(name);
     }
 }
 
@@ -100,7 +100,7 @@ fn a_crash_restores_the_terminal() {
         let mut s = Session::start(&format!("term-{name}"));
         s.guest.signal(name);
         assert_eq!(s.guest.end().signal(), Some(number), "{name}");
-        s.restored();
+        s.restored(name);
     }
 }
 

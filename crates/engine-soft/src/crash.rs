@@ -135,9 +135,11 @@ extern "C" fn on_signal(signal: libc::c_int, info: *mut libc::siginfo_t, context
         RUNNING.set(ptr::null());
         // SAFETY: as above, for the context.
         let context = unsafe { &*context.cast::<libc::ucontext_t>() };
-        let mut t = Text::default();
-        report(&mut t, SIGNALS[n].1, info_ref, context, cpu);
-        t.flush();
+        report_host(SIGNALS[n].1, info_ref, context);
+        // A thread that executes a vCPU has a stack of ours, with room for more.
+        if !cpu.is_null() {
+            report_guest(context, cpu);
+        }
     }
     // SAFETY: written before this handler was installed; an action is plain data.
     let previous = unsafe { (*PREVIOUS.0.as_ptr())[n].assume_init() };
@@ -145,7 +147,12 @@ extern "C" fn on_signal(signal: libc::c_int, info: *mut libc::siginfo_t, context
     unsafe { ringfort_base::signals::pass_on(&previous, signal, info, context, || ()) };
 }
 
-fn report(t: &mut Text, signal: &str, info: &libc::siginfo_t, context: &libc::ucontext_t, cpu: *const Cpu) {
+/// What can be said in any thread. Never part of [`on_signal`], whose frame has to fit every thread's stack for signals, which may be one page
+/// beside what the kernel puts there.
+#[inline(never)]
+#[cold]
+fn report_host(signal: &str, info: &libc::siginfo_t, context: &libc::ucontext_t) {
+    let t = &mut Text::<256>::default();
     let host = context.uc_mcontext.gregs[libc::REG_RIP as usize] as u64;
     let mut name = [0u8; 16];
     // SAFETY: PR_GET_NAME writes at most 16 bytes.
@@ -157,9 +164,14 @@ fn report(t: &mut Text, signal: &str, info: &libc::siginfo_t, context: &libc::uc
         let _ = write!(t, ", fault address {:#x}", unsafe { info.si_addr() } as u64);
     }
     t.line();
-    if cpu.is_null() {
-        return;
-    }
+}
+
+/// Where the guest was. Takes several pages of stack.
+#[inline(never)]
+#[cold]
+fn report_guest(context: &libc::ucontext_t, cpu: *const Cpu) {
+    let t = &mut Text::<2048>::default();
+    let host = context.uc_mcontext.gregs[libc::REG_RIP as usize] as u64;
     // SAFETY: `Executing` says that the vCPU is there. The thread is stopped somewhere: plain words are read as they happen to be.
     let (rip, cs, cpl, cr3, current, id) = unsafe {
         let c = &raw const *cpu;
@@ -280,18 +292,18 @@ fn read(at: u64, out: &mut [u8]) -> bool {
 }
 
 /// A message to standard error that is made without allocating.
-struct Text {
-    bytes: [u8; 2048],
+struct Text<const ROOM: usize> {
+    bytes: [u8; ROOM],
     used: usize,
 }
 
-impl Default for Text {
-    fn default() -> Text {
-        Text { bytes: [0; 2048], used: 0 }
+impl<const ROOM: usize> Default for Text<ROOM> {
+    fn default() -> Self {
+        Text { bytes: [0; ROOM], used: 0 }
     }
 }
 
-impl Write for Text {
+impl<const ROOM: usize> Write for Text<ROOM> {
     fn write_str(&mut self, s: &str) -> std::fmt::Result {
         for &b in s.as_bytes() {
             if let Some(slot) = self.bytes.get_mut(self.used) {
@@ -303,7 +315,7 @@ impl Write for Text {
     }
 }
 
-impl Text {
+impl<const ROOM: usize> Text<ROOM> {
     /// End a line and write what there is, in case that the next one does not come about. The terminal may be raw.
     fn line(&mut self) {
         let _ = self.write_str("\r\n");

@@ -16,6 +16,12 @@ const LOOP: u64 = layout::CODE + 5;
 /// Break the machine in the given way, on purpose.
 fn crash(kind: &str) {
     install();
+    if kind == "elsewhere" {
+        let _ = std::thread::Builder::new()
+            .name("small".into())
+            .spawn(|| std::process::abort())
+            .map(|t| t.join());
+    }
     let mut m = Machine::new(TestMode::Long64);
     m.translate(2, 4 << 20);
     m.load_code(&CODE);
@@ -96,4 +102,12 @@ fn an_abort_of_the_engine_says_where_the_guest_is() {
     assert!(said.contains("ringfort: SIGABRT in thread "), "{said}");
     let rip = format!("in the engine's own code, guest CS:RIP 0x8:{LOOP:#x}");
     assert!(said.contains(&rip), "{said}");
+}
+
+/// Threads without a vCPU have no more than the standard library's stack for signals: one page or two beside the kernel's frame.
+#[test]
+fn a_thread_that_executes_no_vcpu_is_named() {
+    let (ended, said) = run("elsewhere");
+    assert_eq!(ended, Some(libc::SIGABRT), "{said}");
+    assert!(said.contains("ringfort: SIGABRT in thread small at host RIP 0x"), "{said}");
 }
