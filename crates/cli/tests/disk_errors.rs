@@ -64,20 +64,17 @@ fn bad_sectors_are_told_to_the_guest_or_make_it_stand() {
     g.shell("head -c 2097152 /dev/urandom >/tmp/x");
     // Told: the guest's own I/O error, for writes and for reads; what lies beside is written and read.
     g.send("dd if=/tmp/x of=/dev/vda bs=1M seek=9 count=1 oflag=direct; echo rf-'status':$?\n");
-    g.expect("write error: Input/output error (os error 5); the guest was told so");
-    g.expect("rf-status:1");
+    g.expect_each(&["write error: Input/output error (os error 5); the guest was told so", "rf-status:1"]);
     let reason = failed(&mut control, "write", "virtio0", "report");
     assert!(reason.contains("Input/output error"), "{reason}");
     g.send("dd if=/dev/vda of=/dev/null bs=1M skip=9 count=1 iflag=direct; echo rf-'status':$?\n");
-    g.expect("read error: Input/output error (os error 5); the guest was told so");
-    g.expect("rf-status:1");
+    g.expect_each(&["read error: Input/output error (os error 5); the guest was told so", "rf-status:1"]);
     failed(&mut control, "read", "virtio0", "report");
     g.shell("dd if=/tmp/x of=/dev/vda bs=1M seek=8 count=1 oflag=direct conv=fsync 2>/dev/null");
     assert_eq!(control.ask("query-status", json!({}))["status"], "running");
     // Ignored, as asked.
     g.send("dd if=/tmp/x of=/dev/vdc bs=1M seek=9 count=1 oflag=direct 2>/dev/null; echo rf-'status':$?\n");
-    g.expect("ignored, as the disk's options say");
-    g.expect("rf-status:0");
+    g.expect_each(&["ignored, as the disk's options say", "rf-status:0"]);
     failed(&mut control, "write", "virtio2", "ignore");
     // The machine stands, and does so again as long as nothing is mended.
     g.send("dd if=/tmp/x of=/dev/vdb bs=1M seek=9 count=1 oflag=direct\n");

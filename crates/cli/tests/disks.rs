@@ -70,8 +70,7 @@ fn a_full_host_makes_the_guest_stand_until_there_is_space() {
     g.shell("head -c 16777216 /dev/urandom >/tmp/data");
     // One disk tells the guest of the error.
     g.send("dd if=/tmp/data of=/dev/vdb bs=1M conv=fsync; echo rf-'failed':$?\n");
-    g.expect("No space left on device (os error 28); the guest was told so");
-    g.expect("rf-failed:1");
+    g.expect_each(&["No space left on device (os error 28); the guest was told so", "rf-failed:1"]);
     // The other makes it stand.
     g.send("dd if=/tmp/data of=/dev/vda bs=1M conv=fsync 2>/dev/null; echo $? >/tmp/status\n");
     g.expect("the guest stands until there is space");

@@ -177,6 +177,18 @@ impl Guest {
         }
     }
 
+    /// Wait until the guest, and the process that runs it, have said all of `texts`, in whatever order.
+    pub fn expect_each(&mut self, texts: &[&str]) {
+        let from = self.seen;
+        let mut end = from;
+        for text in texts {
+            self.seen = from;
+            self.expect(text);
+            end = end.max(self.seen);
+        }
+        self.seen = end;
+    }
+
     /// The last lines of what it said.
     pub fn tail(&self) -> String {
         let lines: Vec<&str> = self.said.lines().collect();
