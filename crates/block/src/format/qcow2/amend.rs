@@ -1,10 +1,10 @@
 //! Changing the features of an image that exists.
 
 use super::Qcow2;
+use super::extent::ExtentKind;
 use super::header::{
     AUTOCLEAR_RAW_DATA, COMPAT_LAZY, EXT_FEATURES, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAX_L1,
 };
-use super::io_path::ExtentKind;
 use super::meta::{COMPRESSED, ZERO, read_words};
 use crate::{BlockBackend, SharedSlice};
 use std::io;

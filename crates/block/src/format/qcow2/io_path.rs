@@ -1,6 +1,7 @@
 //! Reading and writing guest data.
 
 use super::Qcow2;
+use super::extent::{Extent, ExtentKind};
 use super::meta::{COMPRESSED, COPIED, Entry, Meta, OFFSET, ZERO};
 use super::table::damaged;
 use crate::BlockBackend as _;
@@ -11,33 +12,6 @@ use std::sync::{MutexGuard, atomic::Ordering};
 
 /// Most guest clusters allocated in one step.
 const RUN: u64 = 256;
-
-/// Where a piece of the guest's disk lies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ExtentKind {
-    /// In the data file, uncompressed, from this offset on.
-    Data(u64),
-    /// Reads as zeroes by a mark in the image; a host cluster may be kept for it.
-    Zero {
-        /// Offset of the kept cluster.
-        host: Option<u64>,
-    },
-    /// The image says nothing: it is what the backing file says, or zeroes.
-    Below,
-    /// In a compressed cluster with this descriptor.
-    Compressed(u64),
-}
-
-/// A piece of the guest's disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
-    /// Guest offset.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Where it lies.
-    pub kind: ExtentKind,
-}
 
 /// What a write does with the next piece.
 enum Plan {
@@ -50,97 +24,6 @@ enum Plan {
 }
 
 impl Qcow2 {
-    /// What one subcluster of an entry is; `at` is the guest offset inside the cluster.
-    fn kind_of(&self, e: Entry, at: u64) -> io::Result<ExtentKind> {
-        if e.desc & COMPRESSED != 0 {
-            if self.shape.external {
-                return Err(damaged("a compressed cluster in an image with an external data file".into()));
-            }
-            return Ok(ExtentKind::Compressed(e.desc));
-        }
-        let host = e.desc & OFFSET;
-        if host & (self.shape.cluster - 1) != 0 {
-            return Err(damaged(format!("a data cluster at {host:#x} is not aligned")));
-        }
-        let present = host != 0 || (self.shape.external && e.desc & COPIED != 0);
-        let kept = present.then_some(host + at);
-        if self.shape.subs == 1 {
-            return Ok(match kept {
-                _ if e.desc & ZERO != 0 && self.shape.version >= 3 => ExtentKind::Zero { host: kept },
-                Some(h) => ExtentKind::Data(h),
-                None => ExtentKind::Below,
-            });
-        }
-        let sub = at / (self.shape.cluster / self.shape.subs);
-        let (allocated, zero) = (e.bitmap >> sub & 1 != 0, e.bitmap >> (sub + 32) & 1 != 0);
-        match (allocated, zero, kept) {
-            (true, true, _) => Err(damaged("a subcluster is both allocated and zero".into())),
-            (true, false, Some(h)) => Ok(ExtentKind::Data(h)),
-            (true, false, None) => Err(damaged("a subcluster is allocated without a cluster".into())),
-            (false, true, _) => Ok(ExtentKind::Zero { host: kept }),
-            (false, false, _) => Ok(ExtentKind::Below),
-        }
-    }
-
-    /// The extent at `offset`, at most `len` bytes long; `look` finds L2 entries.
-    fn extent(
-        &self,
-        offset: u64,
-        len: u64,
-        mut look: impl FnMut(u64) -> io::Result<Option<Entry>>,
-    ) -> io::Result<Option<Extent>> {
-        let step = self.shape.cluster / self.shape.subs;
-        let end = offset + len;
-        let mut first: Option<Extent> = None;
-        let mut at = offset;
-        while at < end {
-            let g = at / self.shape.cluster;
-            let Some(entry) = look(g)? else { return Ok(first) };
-            let cluster_end = ((g + 1) * self.shape.cluster).min(end);
-            while at < cluster_end {
-                let kind = self.kind_of(entry, at % self.shape.cluster)?;
-                let n = (step - at % step).min(cluster_end - at);
-                match &mut first {
-                    None => first = Some(Extent { offset: at, len: n, kind }),
-                    Some(x) => {
-                        let more = match (x.kind, kind) {
-                            (ExtentKind::Data(h), ExtentKind::Data(k)) => h + x.len == k,
-                            (ExtentKind::Zero { host: a }, ExtentKind::Zero { host: b }) => {
-                                a.map(|h| h + x.len) == b
-                            }
-                            (ExtentKind::Below, ExtentKind::Below) => true,
-                            (ExtentKind::Compressed(a), ExtentKind::Compressed(b)) => {
-                                a == b && !at.is_multiple_of(self.shape.cluster)
-                            }
-                            _ => false,
-                        };
-                        if !more {
-                            return Ok(first);
-                        }
-                        x.len += n;
-                    }
-                }
-                at += n;
-            }
-        }
-        Ok(first)
-    }
-
-    /// The extent at `offset`, at most `len` bytes long, from the tables.
-    fn extent_in(&self, m: &mut Meta, offset: u64, len: u64) -> io::Result<Extent> {
-        let found = self.extent(offset, len, |g| m.entry(g, &self.file).map(Some))?;
-        found.ok_or_else(|| io::ErrorKind::InvalidInput.into())
-    }
-
-    /// What the image itself says about the disk from `offset` on: a piece of at most `len` bytes.
-    ///
-    /// # Errors
-    /// The host's, or what is damaged.
-    pub fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
-        crate::check_range(crate::BlockBackend::size(self), offset, len)?;
-        self.extent_in(&mut self.meta(), offset, len)
-    }
-
     /// Read; the caller shares the gate.
     pub(super) fn read_range(&self, bufs: &[SharedSliceMut<'_>], offset: u64, len: u64) -> io::Result<()> {
         let mut done = 0;
@@ -198,7 +81,7 @@ impl Qcow2 {
         while done < len {
             let found = {
                 let Ok(m) = self.meta.try_lock() else { return Ok(false) };
-                self.extent(offset + done, len - done, |g| Ok(m.entry_here(g)))?
+                self.extent(offset + done, len - done, |g, last| Ok(m.run_here(g, last)))?
             };
             let Some(x) = found else { return Ok(false) };
             let part = slice_of_mut(bufs, done, x.len);
@@ -241,7 +124,9 @@ impl Qcow2 {
             let (at, left) = (offset + done, len - done);
             let x = {
                 let Ok(m) = self.meta.try_lock() else { return Ok(false) };
-                let Some(x) = self.extent(at, left, |g| Ok(m.entry_here(g)))? else { return Ok(false) };
+                let Some(x) = self.extent(at, left, |g, last| Ok(m.run_here(g, last)))? else {
+                    return Ok(false);
+                };
                 if write {
                     let clusters = at / self.shape.cluster..=(at + x.len - 1) / self.shape.cluster;
                     let ours = |g| m.entry_here(g).is_some_and(|e| self.own(e)) && !m.inflight.contains(&g);
@@ -470,7 +355,7 @@ impl Qcow2 {
         let keep = |x: u64| {
             Ok::<bool, io::Error>({
                 let e = self.meta().entry(g, &self.file)?;
-                matches!(self.kind_of(e, x % self.shape.cluster)?, ExtentKind::Data(_))
+                matches!(self.kind_of(e, x % self.shape.cluster)?.0, ExtentKind::Data(_))
             })
         };
         if from < at && !keep(from)? {
@@ -558,8 +443,18 @@ impl Qcow2 {
             // There is no way to say "zeroes" without a cluster, and what is below must not be seen again.
             return Ok(());
         }
-        for g in first..last {
-            self.empty_cluster(g, below, false)?;
+        self.empty_clusters(first, last, below, false)
+    }
+
+    /// [`empty_cluster`](Self::empty_cluster) for `first..last`; what no table describes is not gone through.
+    fn empty_clusters(&self, first: u64, last: u64, marked: bool, keep: bool) -> io::Result<()> {
+        let mut g = first;
+        while g < last {
+            let holds_nothing = if marked { 0 } else { self.meta().untouched(g, last - 1) };
+            if holds_nothing == 0 {
+                self.empty_cluster(g, marked, keep)?;
+            }
+            g += holds_nothing.max(1);
         }
         Ok(())
     }
@@ -612,9 +507,7 @@ impl Qcow2 {
             return self.write_zero_bytes(offset, end);
         }
         self.write_zero_bytes(offset, (first * cluster).min(end))?;
-        for g in first..last {
-            self.empty_cluster(g, below || self.shape.version >= 3 && !unmap, !unmap)?;
-        }
+        self.empty_clusters(first, last, below || self.shape.version >= 3 && !unmap, !unmap)?;
         if last * cluster < end {
             self.write_zero_bytes(last * cluster, end)?;
         }
@@ -659,9 +552,8 @@ impl Qcow2 {
             if size < edge {
                 self.zero_range(size, edge - size, false)?;
             }
-            for g in edge / self.shape.cluster..old.div_ceil(self.shape.cluster) {
-                self.empty_cluster(g, false, false)?;
-            }
+            let cluster = self.shape.cluster;
+            self.empty_clusters(edge / cluster, old.div_ceil(cluster), false, false)?;
             drop(gate);
             self.size.store(size, Ordering::Release);
             self.commit()?;

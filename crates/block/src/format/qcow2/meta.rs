@@ -358,6 +358,40 @@ impl Meta {
         self.l2.peek(index).map(|t| read_entry(t, word, self.header.extended_l2()))
     }
 
+    /// Clusters from `g` to at most `last` that no L2 table describes.
+    fn gap(&self, g: u64, last: u64) -> u64 {
+        let per = self.header.l2_entries();
+        let (from, to) = ((g / per) as usize, (last / per) as usize);
+        let upto = |end: usize| self.l1.get(from..end).and_then(|l1| l1.iter().position(|e| e & OFFSET != 0));
+        match upto((to + 1).min(self.l1.len())) {
+            Some(0) => 0,
+            Some(n) => (from + n) as u64 * per - g,
+            None => last + 1 - g,
+        }
+    }
+
+    /// The L2 entry of guest cluster `g`, and how many clusters up to `last` share it because no table is there.
+    pub fn run(&mut self, g: u64, last: u64, file: &FileStorage) -> io::Result<(Entry, u64)> {
+        match self.gap(g, last) {
+            0 => Ok((self.entry(g, file)?, 1)),
+            n => Ok((Entry::default(), n)),
+        }
+    }
+
+    /// As [`run`](Self::run) without waiting for the file: `None` when the table is not in memory.
+    pub fn run_here(&self, g: u64, last: u64) -> Option<(Entry, u64)> {
+        match self.gap(g, last) {
+            0 => self.entry_here(g).map(|e| (e, 1)),
+            n => Some((Entry::default(), n)),
+        }
+    }
+
+    /// Clusters from `g` to at most `last` that no L2 table describes, and that nobody is about to describe.
+    pub fn untouched(&self, g: u64, last: u64) -> u64 {
+        let n = self.gap(g, last);
+        self.inflight.iter().filter(|&&i| i >= g).map(|i| i - g).min().map_or(n, |i| n.min(i))
+    }
+
     /// Change the L2 entry of guest cluster `g`.
     pub fn set_entry(&mut self, g: u64, e: Entry, file: &FileStorage) -> io::Result<()> {
         let (index, word) = self.place(g);

@@ -15,6 +15,7 @@ pub mod bitmap;
 pub mod check;
 mod compress;
 pub mod create;
+mod extent;
 pub mod header;
 mod io_path;
 mod maintain;
@@ -26,8 +27,8 @@ mod tests;
 
 pub use amend::Changes;
 pub use create::{CreateOptions, create};
+pub use extent::{Extent, ExtentKind};
 pub use header::Header;
-pub use io_path::{Extent, ExtentKind};
 pub use maintain::Preallocation;
 
 use crate::gate::Gate;

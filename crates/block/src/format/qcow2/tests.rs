@@ -1,5 +1,6 @@
 //! Against a model, and against qemu-img.
 
+mod extents;
 mod faults;
 
 use super::check::Repair;
