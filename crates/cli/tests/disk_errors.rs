@@ -29,9 +29,13 @@ fn set_len(file: &Path, len: u64) {
     std::fs::OpenOptions::new().write(true).open(file).and_then(|f| f.set_len(len)).expect("another length");
 }
 
-/// Wait for this error; a slow request may be told of more than once. Gives the reason.
+/// Wait for this error, not of space; a slow request may be told of more than once. Gives the reason.
 fn failed(control: &mut Control, operation: &str, device: &str, action: &str) -> String {
-    let want = json!([device, device, operation, action, false]);
+    failed_so(control, operation, device, action, false)
+}
+
+fn failed_so(control: &mut Control, operation: &str, device: &str, action: &str, full: bool) -> String {
+    let want = json!([device, device, operation, action, full]);
     loop {
         let e = control.event("BLOCK_IO_ERROR");
         if json!([e["device"], e["node-name"], e["operation"], e["action"], e["nospace"]]) == want {
@@ -99,6 +103,95 @@ fn bad_sectors_are_told_to_the_guest_or_make_it_stand() {
     // What was written beside the bad sectors is there.
     let there = std::fs::read(&reports).expect("a disk");
     assert!(there[8 << 20..9 << 20].iter().any(|b| *b != 0) && there[9 << 20..].iter().all(|b| *b == 0));
+}
+
+/// EIO and ENOSPC out of the kernel itself, so that io_uring meets them as the threads do.
+fn a_bad_disk(aio: &str) {
+    let _turn = one_at_a_time();
+    if !Command::new("unshare").args(["-rm", "test", "-w", "/dev/fuse"]).status().is_ok_and(|s| s.success()) {
+        eprintln!("skipped: no file system of one's own is to be had here (unshare -rm, /dev/fuse)");
+        return;
+    }
+    let s = Scratch::new(&format!("bad-disk-{aio}"));
+    let script = s.file("bad_disk.py", include_bytes!("support/bad_disk.py"));
+    let (folder, mended, socket) = (s.0.join("disks"), s.0.join("mended"), s.0.join("control"));
+    std::fs::create_dir(&folder).expect("a folder");
+    let mend = || std::fs::write(&mended, "").expect("mended");
+    let spoil = || std::fs::remove_file(&mended).expect("spoilt");
+    let wrapper = format!("exec unshare -rm python3 {} {} {}", text(&script), text(&folder), text(&mended));
+    let disk = |name: &str, what: &str| {
+        let path = folder.join(name);
+        format!("path={},format=raw,cache=none,aio={aio},werror={what},rerror={what}", text(&path))
+    };
+    let mut g =
+        start(&wrapper, &["--control", text(&socket)], &[disk("reports", "report"), disk("stands", "stop")]);
+    let mut control = Control::connect(&socket);
+    if aio == "io_uring" && ringfort_block::aio::io_uring_available() {
+        let fds = std::fs::read_dir(format!("/proc/{}/fd", g.pid())).expect("its files").flatten();
+        let ring = |fd: std::fs::DirEntry| {
+            std::fs::read_link(fd.path()).is_ok_and(|l| l.to_string_lossy().contains("io_uring"))
+        };
+        assert!(fds.into_iter().any(ring), "io_uring is used");
+    }
+    g.shell("head -c 1048576 /dev/urandom >/tmp/x; md5sum </tmp/x >/tmp/sum");
+    let write = |disk: &str, at: u32| format!("dd if=/tmp/x of=/dev/{disk} bs=1M seek={at} oflag=direct");
+    let read = |disk: &str, at: u32| format!("dd if=/dev/{disk} bs=1M skip={at} count=1 iflag=direct");
+    let told = "; the guest was told so";
+    for (work, operation, error, full) in [
+        (write("vda", 9), "write", "write error: Input/output error (os error 5)", false),
+        (read("vda", 9), "read", "read error: Input/output error (os error 5)", false),
+        (write("vda", 11), "write", "write error: No space left on device (os error 28)", true),
+    ] {
+        g.send(&format!("{work} >/dev/null; echo rf-'status':$?\n"));
+        g.expect_each(&[&format!("{error}{told}"), "rf-status:1"]);
+        // A disk's second failed write within a while is not told of by the socket.
+        if !full {
+            failed(&mut control, operation, "virtio0", "report");
+        }
+    }
+    // What lies between is sound.
+    g.shell(&format!("{} 2>/dev/null", write("vda", 10)));
+    g.shell(&format!("{} 2>/dev/null | md5sum | cmp - /tmp/sum", read("vda", 10)));
+
+    // The machine stands before a write and before a read, and does them when all is mended.
+    g.send(&format!("{} 2>/dev/null; echo rf-'status':$?\n", write("vdb", 9)));
+    g.expect("stands: write error: Input/output error (os error 5); the guest stands: mend it");
+    failed(&mut control, "write", "virtio1", "stop");
+    control.event("STOP");
+    mend();
+    control.ask("cont", json!({}));
+    control.event("RESUME");
+    g.expect("rf-status:0");
+    spoil();
+    g.send(&format!("{} 2>/dev/null | md5sum | cmp - /tmp/sum; echo rf-'status':$?\n", read("vdb", 9)));
+    g.expect("stands: read error: Input/output error (os error 5); the guest stands: mend it");
+    failed(&mut control, "read", "virtio1", "stop");
+    control.event("STOP");
+    mend();
+    control.ask("cont", json!({}));
+    control.event("RESUME");
+    g.expect("rf-status:0");
+    // Space comes back by itself, and the guest goes on by itself.
+    spoil();
+    g.send(&format!("{} 2>/dev/null; echo rf-'status':$?\n", write("vdb", 11)));
+    g.expect("the guest stands until there is space");
+    failed_so(&mut control, "write", "virtio1", "stop", true);
+    control.event("STOP");
+    mend();
+    g.expect_each(&["the guest goes on", "rf-status:0"]);
+    control.event("RESUME");
+    g.shell(&format!("{} 2>/dev/null | md5sum | cmp - /tmp/sum", read("vdb", 11)));
+    power_off(g);
+}
+
+#[test]
+fn a_bad_disk_by_io_uring() {
+    a_bad_disk("io_uring");
+}
+
+#[test]
+fn a_bad_disk_by_threads() {
+    a_bad_disk("threads");
 }
 
 #[test]
