@@ -53,7 +53,7 @@ impl Cpu {
         // SAFETY: `tlb` points to the set in force, which the Mmu owns.
         let set = unsafe { &*self.mmu.tlb };
         // The last byte's page must be the tag: an access that crosses into the next page never matches.
-        let page = lin.wrapping_add(size as u64 - 1) >> 12;
+        let page = lin.wrapping_add(size as u64 - 1) & !0xfff;
         let tag = if write { set.write[index] } else { set.read[index] };
         (page == tag).then(|| lin.wrapping_add(set.addend[index]) as *mut u8)
     }

@@ -17,8 +17,14 @@ pub const TLB_ENTRIES: usize = 1 << TLB_BITS;
 pub const INDEX_MASK: u64 = ((TLB_ENTRIES as u64) - 1) << 12;
 /// Address spaces whose user sets are kept.
 pub const SLOTS: usize = 12;
-/// A tag that matches no page.
+/// No page's address.
 pub const NO_PAGE: u64 = u64::MAX;
+
+/// The tag of an entry that allows nothing: a page whose entry is another one, and not a neighbour, so that no access that is looked up here
+/// begins or ends there. Only such a tag differs from every address by more than what an offset in a page can be.
+const fn empty_tag(index: usize) -> u64 {
+    ((index ^ TLB_ENTRIES / 2) as u64) << 12
+}
 
 /// Words of a bitmap with a bit per entry.
 const WORDS: usize = TLB_ENTRIES / 64;
@@ -61,8 +67,8 @@ pub struct Fetch {
     pub large: bool,
 }
 
-/// The entries of one access mode: arrays, as generated code addresses them by index. A tag is the page's number (linear address divided by
-/// 4,096) when the access is allowed without further ado, else [`NO_PAGE`].
+/// The entries of one access mode: arrays, as generated code addresses them by index. A tag is the page's linear address when the
+/// access is allowed without further ado, else that of a page which is looked up elsewhere.
 #[repr(C, align(64))]
 pub struct TlbSet {
     /// [`INDEX_MASK`], where generated code finds it.
@@ -73,6 +79,8 @@ pub struct TlbSet {
     pub write: [u64; TLB_ENTRIES],
     /// Host address minus linear address.
     pub addend: [u64; TLB_ENTRIES],
+    /// Host address of the page.
+    pub host: [u64; TLB_ENTRIES],
     /// Tags for fetches.
     pub fetch: [u64; TLB_ENTRIES],
     /// Guest physical page addresses of the entries.
@@ -109,21 +117,19 @@ impl TlbSet {
             set.assume_init()
         };
         set.index_mask = INDEX_MASK;
-        set.read.fill(NO_PAGE);
-        set.write.fill(NO_PAGE);
-        set.fetch.fill(NO_PAGE);
+        (0..TLB_ENTRIES).for_each(|i| set.empty(i));
         set
     }
 
     fn empty(&mut self, index: usize) {
-        self.read[index] = NO_PAGE;
-        self.write[index] = NO_PAGE;
-        self.fetch[index] = NO_PAGE;
+        self.read[index] = empty_tag(index);
+        self.write[index] = empty_tag(index);
+        self.fetch[index] = empty_tag(index);
     }
 
-    /// The number of the page that an entry is for; [`NO_PAGE`] if none.
-    fn page(&self, index: usize) -> u64 {
-        self.read[index].min(self.write[index]).min(self.fetch[index])
+    /// The page that an entry is for, if any.
+    fn page(&self, index: usize) -> Option<u64> {
+        [self.read[index], self.write[index], self.fetch[index]].into_iter().find(|&t| t != empty_tag(index))
     }
 
     /// Call `f` for the entries in `which` (a bitmap's words).
@@ -158,7 +164,7 @@ impl TlbSet {
     fn drop_page(&mut self, lin: u64) {
         self.places.drop_page(lin);
         let index = (lin >> 12) as usize % TLB_ENTRIES;
-        if self.page(index) == lin >> 12 {
+        if self.page(index) == Some(lin & !0xfff) {
             self.empty(index);
         }
         // The entries of 4 MiB (the largest page below 1 GiB) lie side by side.
@@ -173,8 +179,7 @@ impl TlbSet {
             while bits != 0 {
                 let i = w * 64 + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
-                let page = self.page(i);
-                if page != NO_PAGE && page >> shift == lin >> 12 >> shift {
+                if self.page(i).is_some_and(|page| page >> 12 >> shift == lin >> 12 >> shift) {
                     self.empty(i);
                 }
             }
@@ -189,14 +194,14 @@ impl TlbSet {
         let touched = self.touched;
         TlbSet::each(&touched, |i| {
             if self.gpa[i] == gpa {
-                self.write[i] = NO_PAGE;
+                self.write[i] = empty_tag(i);
             }
         });
     }
 
     fn drop_all_writes(&mut self) {
         let touched = self.touched;
-        TlbSet::each(&touched, |i| self.write[i] = NO_PAGE);
+        TlbSet::each(&touched, |i| self.write[i] = empty_tag(i));
         self.places.clear();
     }
 
@@ -205,8 +210,8 @@ impl TlbSet {
         if data {
             self.places.note(lin, m.large, m.global);
         }
-        let page = lin >> 12;
-        let index = page as usize % TLB_ENTRIES;
+        let page = lin & !0xfff;
+        let index = (lin >> 12) as usize % TLB_ENTRIES;
         self.huge |= m.large.is_some_and(|size| size > 4 << 20);
         if m.large.is_some() {
             set_bit(&mut self.large, index);
@@ -214,11 +219,12 @@ impl TlbSet {
             self.large[index / 64] &= !(1 << (index % 64));
         }
         // The permissions of another access to the same page stay; those of another page go.
-        if self.page(index) != page {
+        if self.page(index) != Some(page) {
             self.empty(index);
         }
         self.gpa[index] = m.gpa & !0xfff;
-        self.addend[index] = (m.host as u64 & !0xfff).wrapping_sub(lin & !0xfff);
+        self.host[index] = m.host as u64 & !0xfff;
+        self.addend[index] = self.host[index].wrapping_sub(page);
         if data {
             self.read[index] = page;
             if m.write {
@@ -525,10 +531,10 @@ impl Mmu {
     pub fn hit(&self, m: usize, lin: u64, size: usize, write: bool) -> Option<*mut u8> {
         let set = self.set(m);
         let index = (lin >> 12) as usize % TLB_ENTRIES;
-        let page = lin.wrapping_add(size as u64 - 1) >> 12;
+        let last = lin.wrapping_add(size as u64 - 1) & !0xfff;
         let tag = if write { set.write[index] } else { set.read[index] };
         // Both ends, as `size` may be more than what two neighbouring pages' tags can tell apart.
-        (page == tag && lin >> 12 == tag).then(|| lin.wrapping_add(set.addend[index]) as *mut u8)
+        (last == tag && lin & !0xfff == tag).then(|| lin.wrapping_add(set.addend[index]) as *mut u8)
     }
 
     /// The access mode whose set fetches use: what AC says about user pages does not matter to them.
@@ -542,7 +548,7 @@ impl Mmu {
     pub fn fetch_hit(&self, lin: u64) -> Option<Fetch> {
         let index = (lin >> 12) as usize % TLB_ENTRIES;
         let set = self.set(self.fetch_mode());
-        (set.fetch[index] == lin >> 12).then(|| Fetch {
+        (set.fetch[index] == lin & !0xfff).then(|| Fetch {
             gpa: set.gpa[index] | lin & 0xfff,
             global: !bit(&set.local, index),
             large: bit(&set.large, index),

@@ -133,7 +133,10 @@ impl Code {
 
     /// The same with a 32-bit register, a byte register below 4, or a 32-bit or byte operand.
     pub fn cpu32(&mut self, opcode: &[u8], reg: u8, disp: i32) {
-        self.raw(&[0x65, 0x40 | (reg >> 3) << 2]);
+        self.raw(&[0x65]);
+        if reg >= 8 {
+            self.raw(&[0x44]);
+        }
         self.raw(opcode);
         self.raw(&[(reg & 7) << 3 | 4, 0x25]);
         self.raw(&disp.to_le_bytes());

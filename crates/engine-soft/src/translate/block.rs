@@ -85,9 +85,9 @@ pub(super) struct Emit<'a> {
 /// Offsets in the guard of a block that crosses a page boundary, from its code's first byte ([`Emit::guard`]).
 mod crossing {
     /// Which context must be in force: the offset in the `Cpu`.
-    pub const CONTEXT_AT: usize = 28;
+    pub const CONTEXT_AT: usize = 27;
     /// The context's low half.
-    pub const CONTEXT: usize = 32;
+    pub const CONTEXT: usize = 31;
 }
 
 impl Cpu {
@@ -560,23 +560,7 @@ impl Emit<'_> {
         match how {
             How::Nothing => {}
             How::Call => self.by_handler(op),
-            How::Lea => {
-                if i.code() == I::Lea_r64_m
-                    && let Some(dst) = pinned(op.dst / 8)
-                {
-                    self.address_of_lea(op);
-                    self.c.mov(dst, T0);
-                } else {
-                    self.address_of_lea(op);
-                    if i.code() == I::Lea_r32_m {
-                        self.c.raw(&[0x45, 0x89, 0xed]); // mov r13d, r13d
-                    }
-                    match pinned(op.dst / 8) {
-                        Some(dst) => self.c.mov(dst, T0),
-                        None => self.c.store_cpu(T0, reg_at(op.dst / 8)),
-                    }
-                }
-            }
+            How::Lea => self.lea(op, i.code() == I::Lea_r64_m),
             How::Same if self.shift_by_cl(i) => {}
             how @ (How::Same | How::Vector { .. }) => self.same(i, op, &u, before, alignment(i, how)),
             How::Push => {
@@ -691,23 +675,35 @@ impl Emit<'_> {
         self.slow_path(to.miss, op, lost);
     }
 
-    /// LEA's address into [`T0`]: no segment. Host flags stay.
-    fn address_of_lea(&mut self, op: &Op) {
+    /// LEA, of 64 bits if `wide`, else of 32: no segment takes part. Host flags stay.
+    fn lea(&mut self, op: &Op, wide: bool) {
         let flat = Op { flags: op.flags | op_flags::FLAT, ..op.clone() };
         let index_in_memory = flat.index != ZERO && pinned(flat.index).is_none();
-        if Emit::reachable(&flat) && !index_in_memory {
+        let to = pinned(op.dst / 8).unwrap_or(T0);
+        let last = if Emit::reachable(&flat) && !index_in_memory {
             let at = self.address(&flat);
-            self.c.mem(0x8d, T0, at);
-            return;
+            let last = self.c.at();
+            self.c.mem(0x8d, to, at);
+            last
+        } else {
+            self.c.imm64(T0, flat.disp);
+            if flat.base != ZERO {
+                let base = self.value(flat.base, T1);
+                self.c.lea(T0, Some(T0), Some((base, 0)), 0);
+            }
+            if flat.index != ZERO {
+                let index = self.value(flat.index, T1);
+                self.c.lea(T0, Some(T0), Some((index, flat.scale)), 0);
+            }
+            let last = self.c.at();
+            self.c.mov(to, T0);
+            last
+        };
+        if !wide {
+            self.c.bytes[last] &= !8; // without REX.W
         }
-        self.c.imm64(T0, flat.disp);
-        if flat.base != ZERO {
-            let base = self.value(flat.base, T1);
-            self.c.lea(T0, Some(T0), Some((base, 0)), 0);
-        }
-        if flat.index != ZERO {
-            let index = self.value(flat.index, T1);
-            self.c.lea(T0, Some(T0), Some((index, flat.scale)), 0);
+        if to == T0 {
+            self.c.store_cpu(T0, reg_at(op.dst / 8));
         }
     }
 
@@ -730,7 +726,11 @@ impl Emit<'_> {
             new.set_memory_index(o.at.index.map_or(Register::None, |(r, _)| in_width(r, Register::RAX)));
             new.set_memory_index_scale(o.at.index.map_or(1, |(_, s)| 1 << s));
             new.set_memory_displacement64(i64::from(o.at.disp) as u64);
-            new.set_memory_displ_size(if i8::try_from(o.at.disp).is_ok() { 1 } else { 8 });
+            new.set_memory_displ_size(match o.at.disp {
+                0 => 0,
+                -128..=127 => 1,
+                _ => 8,
+            });
             new.set_segment_prefix(Register::None);
             temps = vec![o.spare];
             miss = o.miss.map(|miss| (miss, lost));

@@ -16,20 +16,22 @@ use iced_x86::{Code as I, Instruction};
 
 /// Offsets in the guard of a jump into another page, from its first byte.
 pub(super) mod guard {
-    /// Distance of the jump that skips the guard while nothing is linked; 0 when something is.
+    /// Distance of the jump that is there while nothing is linked.
     pub const SKIP: usize = 1;
+    /// Then the guard begins with this: `mov r14, imm64`.
+    pub const LOAD: [u8; 2] = [0x49, 0xbe];
     /// Address of the target page's code word.
-    pub const WORD: usize = 7;
+    pub const WORD: usize = 2;
     /// What it must hold.
-    pub const VALUE: usize = 18;
+    pub const VALUE: usize = 13;
     /// Which context must be in force: the offset in the `Cpu`.
-    pub const CONTEXT_AT: usize = 33;
+    pub const CONTEXT_AT: usize = 27;
     /// The context's low half.
-    pub const CONTEXT: usize = 37;
+    pub const CONTEXT: usize = 31;
     /// Distance of the jump to the target's code.
-    pub const JUMP: usize = 61;
+    pub const JUMP: usize = 55;
     /// Behind it.
-    pub const END: usize = 65;
+    pub const END: usize = 59;
 }
 
 /// A way out of a block's straight line.
@@ -112,8 +114,9 @@ impl Emit<'_> {
             return self.go_indirect();
         };
         let start = self.c.at();
+        // In place of the address of the code word, until it is linked.
         let skip = self.c.jmp();
-        self.c.imm64(T1, 0);
+        self.c.raw(&[0; 5]);
         self.c.raw(&[0x41, 0x81, 0x3e, 0, 0, 0, 0]); // cmp dword [r14], value
         let stale = self.c.jcc(5);
         self.c.cpu32(&[0x81], 7, CONTEXT); // cmp dword [context], low half
@@ -121,7 +124,7 @@ impl Emit<'_> {
         let elsewhere = self.c.jcc(5);
         self.c.cpu(0x81, 0, RIP_AT); // add qword [rip], distance
         self.c.raw(&distance.to_le_bytes());
-        // Leads nowhere until it is linked; the skip keeps it from being reached.
+        // Leads nowhere until it is linked, and is not reached.
         let jump = self.c.jmp();
         debug_assert_eq!(
             (skip.0 - start, jump.0 - start, self.c.at() - start),

@@ -135,8 +135,7 @@ impl Emit<'_> {
             return self.recalled_operand(which, at, uses_t0, wanted);
         }
         let miss = self.probe(at, wanted);
-        let again = if uses_t0 { self.address(op) } else { at };
-        self.placed(again, uses_t0, miss)
+        self.placed(at, uses_t0, wanted, miss)
     }
 
     /// The same for an address in terms of host registers other than the scratch ones.
@@ -151,7 +150,7 @@ impl Emit<'_> {
             return self.recalled_operand(which, at, false, wanted);
         }
         let miss = self.probe(at, wanted);
-        self.placed(at, false, miss)
+        self.placed(at, false, wanted, miss)
     }
 
     /// An operand within a group, whose distance from guest to host addresses is in [`T1`].
@@ -196,54 +195,55 @@ impl Emit<'_> {
         }
     }
 
-    /// The distance from guest to host addresses in the TLB's entry whose index is in [`T1`].
-    pub(super) fn addend() -> Address {
-        Address { base: Some(TLB), index: Some((T1, 3)), disp: offset_of!(TlbSet, addend) as i32 }
+    /// An element of one of the TLB's arrays, by the index in [`T1`].
+    fn entry(array: usize) -> Address {
+        Address { base: Some(TLB), index: Some((T1, 3)), disp: array as i32 }
     }
 
-    /// Leaves the entry's index in [`T1`]; [`T0`] is clobbered once `at` has been used.
+    /// The distance from guest to host addresses in the TLB's entry whose index is in [`T1`].
+    pub(super) fn addend() -> Address {
+        Emit::entry(offset_of!(TlbSet, addend))
+    }
+
+    /// A jump from here unless scratch register `reg` is the offset in a page of an access that lies in it. Clobbers it if it must be aligned.
+    pub(super) fn in_page(&mut self, reg: u8, wanted: Wanted) -> Hole {
+        let shift = wanted.align.trailing_zeros() as u8;
+        if shift > 0 {
+            // What is misaligned becomes a large number.
+            self.c.raw(&[0x49, 0xc1, 0xc8 | reg & 7, shift]); // ror
+        }
+        self.c.raw(&[0x49, 0x81, 0xf8 | reg & 7]); // cmp
+        self.c.raw(&((4096 - wanted.size.max(1) as u32) >> shift).to_le_bytes());
+        self.c.jcc(7)
+    }
+
+    /// Leaves the entry's index in [`T1`], and in [`T0`] the offset in the page unless it must be aligned.
     pub(super) fn probe(&mut self, at: Address, wanted: Wanted) -> Miss {
         let again = self.c.at();
         let tag = if wanted.write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
         self.index_of(at);
-        if wanted.align > 1 {
-            // A misaligned address keeps a bit that no tag has; an aligned operand lies in one page.
-            match at {
-                Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T0, r),
-                _ => self.c.mem(0x8d, T0, at),
-            }
-            self.c.raw(&[0x49, 0x81, 0xe5]); // and r13
-            self.c.raw(&(-4096 | (i32::from(wanted.align) - 1)).to_le_bytes());
-            self.c.raw(&[0x49, 0xc1, 0xcd, 12]); // ror r13, 12
-        } else {
-            // The last byte's page must be the tag: what crosses into the next page never matches.
-            match at {
-                Address { base: Some(r), index: None, disp: 0 } if wanted.size <= 1 => self.c.mov(T0, r),
-                _ => self.c.mem(0x8d, T0, Address { disp: at.disp + wanted.size.max(1) as i32 - 1, ..at }),
-            }
-            self.c.raw(&[0x49, 0xc1, 0xed, 12]); // shr r13, 12
-        }
-        // cmp r13, [tags + r14 * 8]
-        self.c.mem(0x3b, T0, Address { base: Some(TLB), index: Some((T1, 3)), disp: tag as i32 });
-        Miss { from: self.c.jcc(5), remedy: Refill::new(at, wanted, again).map(Remedy::Refill) }
+        self.linear(at);
+        // The offset in the page, if this is the page.
+        self.c.mem(0x33, T0, Emit::entry(tag)); // xor r13
+        let from = self.in_page(T0, wanted);
+        Miss { from, remedy: Refill::new(at, wanted, again).map(Remedy::Refill) }
     }
 
-    fn placed(&mut self, at: Address, uses_t0: bool, miss: Miss) -> Operand {
+    fn placed(&mut self, at: Address, uses_t0: bool, wanted: Wanted, miss: Miss) -> Operand {
         let miss = Some(miss);
-        let addend = Emit::addend();
         match at.single() {
+            // The access waits for the entry no longer than for its distance.
             Some(i) if !uses_t0 => {
-                self.c.mem(0x8b, T1, addend);
+                self.c.mem(0x8b, T1, Emit::addend());
                 let at = Address { base: Some(T1), index: Some(i), disp: at.disp };
                 Operand { at, spare: T0, miss }
             }
-            Some((T0, 0)) => {
-                self.c.mem(0x03, T0, addend);
-                Operand { at: Address { base: Some(T0), index: None, disp: at.disp }, spare: T1, miss }
-            }
             _ => {
-                self.c.mem(0x8d, T0, at);
-                self.c.mem(0x03, T0, addend);
+                let shift = wanted.align.trailing_zeros() as u8;
+                if shift > 0 {
+                    self.c.raw(&[0x49, 0xc1, 0xc5, shift]); // rol r13
+                }
+                self.c.mem(0x03, T0, Emit::entry(offset_of!(TlbSet, host))); // add r13
                 Operand { at: Address { base: Some(T0), index: None, disp: 0 }, spare: T1, miss }
             }
         }

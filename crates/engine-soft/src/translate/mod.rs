@@ -576,12 +576,12 @@ impl Cpu {
                 use control::guard;
                 let (word, value) = b.stamp();
                 let to = distance(at + guard::JUMP);
+                t.memory.write(at, &guard::LOAD);
                 t.memory.write(at + guard::WORD, &(word as u64).to_le_bytes());
                 t.memory.write(at + guard::VALUE, &value.to_le_bytes());
                 t.memory.write(at + guard::CONTEXT_AT, &control::context_at(global).to_le_bytes());
                 t.memory.write(at + guard::CONTEXT, &(context as u32).to_le_bytes());
                 t.memory.write(at + guard::JUMP, &to);
-                t.memory.write(at + guard::SKIP, &0u32.to_le_bytes());
             }
             page => {
                 // The page may be mapped elsewhere now, without the guest having said so.

@@ -163,14 +163,7 @@ impl Emit<'_> {
             T1
         };
         self.c.rm(0x33, checked, TLB, place(id, offset_of!(Place, page)));
-        let shift = wanted.align.trailing_zeros() as u8;
-        if shift > 0 {
-            // What is misaligned becomes a large number.
-            self.c.raw(&[0x49, 0xc1, 0xc8 | checked & 7, shift]); // ror
-        }
-        self.c.raw(&[0x49, 0x81, 0xf8 | checked & 7]); // cmp
-        self.c.raw(&((4096 - wanted.size.max(1) as u32) >> shift).to_le_bytes());
-        let miss = self.c.jcc(7);
+        let miss = self.in_page(checked, wanted);
         let addend = place(id, offset_of!(Place, addend));
         if distance {
             self.c.load(T1, TLB, addend);
@@ -260,7 +253,7 @@ pub(super) fn stub(c: &mut Code, write: bool, fast_pext: bool, saved: &Saved) {
     c.raw(&[0x50]); // push rax
     c.raw(&[0x0f, 0xb6, 0x44, 0x24, 0x13]); // movzx eax, byte [rsp + 19]
     c.rr(0x01, T0, 0); // add rax, r13
-    c.raw(&[0x48, 0xc1, 0xe8, 12]); // shr rax, 12
+    c.raw(&[0x48, 0x25, 0, 0xf0, 0xff, 0xff]); // and rax, -4096
     c.mem(0x3b, 0, entry(tags)); // cmp rax, [tags + r14 * 8]
     let fail = c.jcc(5);
     c.raw(&[0x43, 0x80, 0xbc, 0x37]); // cmp byte [r15 + r14 + lasting], 0
@@ -277,7 +270,7 @@ pub(super) fn stub(c: &mut Code, write: bool, fast_pext: bool, saved: &Saved) {
     c.raw(&at(offset_of!(Places, pages)).to_le_bytes());
     c.raw(&[1]);
     c.mem(0x8b, T1, entry(offset_of!(TlbSet, addend)));
-    c.raw(&[0x48, 0xc1, 0xe0, 12, 0x01, 0xc9]); // shl rax, 12; add ecx, ecx
+    c.raw(&[0x01, 0xc9]); // add ecx, ecx
     let field = |disp: usize| Address {
         base: Some(TLB),
         index: Some((1, 3)),

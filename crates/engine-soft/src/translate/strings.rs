@@ -58,7 +58,7 @@ impl Emit<'_> {
         let scale = size.trailing_zeros() as u8;
         self.index_of(Address { base: Some(at), index: None, disp: 0 });
         self.c.lea(T0, Some(at), Some((RCX, scale)), -1);
-        self.c.raw(&[0x49, 0xc1, 0xed, 12]); // shr r13, 12
+        self.c.raw(&[0x49, 0x81, 0xe5, 0, 0xf0, 0xff, 0xff]); // and r13, -4096
         let tags = if write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
         self.c.mem(0x3b, T0, Address { base: Some(TLB), index: Some((T1, 3)), disp: tags as i32 });
         self.c.jcc(5).into()
