@@ -377,6 +377,10 @@ fn the_alternate_encoding_of_cr8_is_amds() {
     for amd in [true, false] {
         let mut g = Guest::new(TestMode::Protected32);
         g.cpu().amd = amd;
+        if amd {
+            // Whatever the host is, whose CPUID the machine has.
+            g.cpu().decode_options |= iced_x86::DecoderOptions::AMD;
+        }
         g.code(|a| {
             a.mov(eax, 3).unwrap();
             // lock mov cr0, eax; lock mov ebx, cr0
