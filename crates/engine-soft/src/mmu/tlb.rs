@@ -23,7 +23,7 @@ pub const NO_PAGE: u64 = u64::MAX;
 /// The tag of an entry that allows nothing: a page whose entry is another one, and not a neighbour, so that no access that is looked up here
 /// begins or ends there. Only such a tag differs from every address by more than what an offset in a page can be.
 const fn empty_tag(index: usize) -> u64 {
-    ((index ^ TLB_ENTRIES / 2) as u64) << 12
+    ((index ^ (TLB_ENTRIES / 2)) as u64) << 12
 }
 
 /// Words of a bitmap with a bit per entry.
