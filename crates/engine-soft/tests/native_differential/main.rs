@@ -396,6 +396,12 @@ fn image(r: &mut Rng, before: &Context) -> Vec<u8> {
     a
 }
 
+/// Whether the host is AMD's (or Hygon's), as which the engine behaves where makers differ.
+fn host_is_amd() -> bool {
+    let ebx = std::arch::x86_64::__cpuid(0).ebx.to_le_bytes();
+    matches!(&ebx, b"Auth" | b"Hygo")
+}
+
 #[test]
 fn state_images_agree() {
     if !std::arch::is_x86_feature_detected!("avx2") {
@@ -455,6 +461,9 @@ fn state_images_agree() {
             &data[at + 512..at + 576]
         );
         faults += u32::from(want.is_some());
+        if want.is_some() && !host_is_amd() {
+            continue;
+        }
         assert_eq!(m.cpu.vec.mxcsr, c.mxcsr, "{name} case {case}");
         for n in 0..16 {
             assert_eq!(m.cpu.vec.ymm[n].0, c.ymm[n], "{name} case {case}: YMM{n}");
@@ -533,6 +542,12 @@ fn engine_and_host_agree() {
         let mut want_page = want;
         page(&mut got);
         page(&mut want_page);
+        // What is left behind by a fault, and which of several comes first, is each maker's own; the engine does as AMD's CPUs.
+        if !host_is_amd() && (want.is_some() || got.is_some()) {
+            // SAFETY: as above.
+            data.copy_from_slice(unsafe { std::slice::from_raw_parts(host.data, BYTES) });
+            continue;
+        }
         let mut problems = Vec::new();
         if done % 8 == 0 {
             problems = other_modes(&mut others, b, &i, &start, &before_data, &mut m, got.map(|t| t.0));
