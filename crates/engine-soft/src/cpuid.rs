@@ -176,6 +176,11 @@ pub fn bearable() -> FeatureSet {
     FeatureSet::from_table(offered()).or(&FeatureSet::of(CARRIED))
 }
 
+/// Whether the host's CPU is AMD's (or Hygon's), as which the engine behaves where makers differ.
+pub fn host_is_amd() -> bool {
+    offered().find(0, 0).is_some_and(|l| matches!(&l.ebx.to_le_bytes(), b"Auth" | b"Hygo"))
+}
+
 /// CPUID as the engine can at most offer it on this host: what it does itself, and what the host's CPU can execute for it. Made once.
 pub fn offered() -> &'static CpuidTable {
     static TABLE: OnceLock<CpuidTable> = OnceLock::new();

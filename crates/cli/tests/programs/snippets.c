@@ -195,6 +195,8 @@ static uint64_t run(const struct snippet *s, const struct run *r, int verbose)
         result.address &= ~(uint64_t)(PAGE - 1);
     if (s->flags & FRAME && result.address)
         memory = 0;
+    if (s->flags & REPEATED)
+        flags &= result.signal == SIGTRAP ? ~0x10000ull : ~0x8d5ull;
     if (s->flags & STOPS)
         result.steps = 0, result.path = 0;
     uint64_t all[] = { (uint64_t)result.signal, (uint64_t)result.code, result.address, (uint64_t)result.regs[REG_RIP],

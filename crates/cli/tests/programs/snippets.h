@@ -6,12 +6,15 @@
 #define CARRY 0x001
 #define NONE 0
 #define ZERO 0x040
-/* Which of its bytes a wide operand's fault names is the CPU's own affair: only the page counts. */
+/* Which of its bytes the fault of a wide or masked operand names is the CPU's own affair: only the page counts. */
 #define WIDE (1ull << 33)
 /* So is how often a gather stops on its way when it is stepped. */
 #define STOPS (1ull << 34)
 /* And what a frame or an area holds that a fault leaves half-done: stored slots, the CPU's own fields. */
 #define FRAME (1ull << 35)
+/* Intel's and AMD's CPUs differ in the flags of a repetition that is interrupted: RF of a trap between two iterations is
+ * set on Intel's, and after a fault theirs are those from before the first iteration. */
+#define REPEATED (1ull << 36)
 #define SNIPPETS(X) \
     X(load8, NONE, "mov (%rdi),%al") \
     X(load16, NONE, "mov (%rdi),%ax") \
@@ -67,17 +70,17 @@
     X(return_not_canonical, NONE, "mov $0x8000000000000000,%rax\npush %rax\nret") \
     X(load_not_canonical, NONE, "mov $0x8000000000000000,%rbx\nmov (%rbx),%rax") \
     X(enter_leave, NONE, "enter $32,$0\nmov %rax,-8(%rbp)\nleave") \
-    X(rep_movsb, NONE, "rep movsb") \
-    X(rep_movsq, NONE, "rep movsq") \
-    X(rep_movsq_to_end, NONE, "xchg %rdi,%rsi\nrep movsq") \
-    X(rep_movs_down, NONE, "std\nadd $24,%rdi\nrep movsq\ncld") \
-    X(rep_movsb_overlap, NONE, "lea -3(%rdi),%rsi\nmov $600,%ecx\nsub $600,%rdi\nsub $600,%rsi\nrep movsb") \
-    X(rep_stosb, NONE, "mov $40,%ecx\nrep stosb") \
-    X(rep_stosl, NONE, "rep stosl") \
-    X(rep_lodsw, NONE, "mov %rdi,%rsi\nrep lodsw") \
-    X(repne_scasb, ARITHMETIC, "mov $80,%ecx\nrepne scasb") \
-    X(repe_cmpsb, ARITHMETIC, "mov $80,%ecx\nrepe cmpsb") \
-    X(rep_none, ARITHMETIC, "xor %ecx,%ecx\nrep movsb\nrep stosq\nrepe cmpsb") \
+    X(rep_movsb, REPEATED, "rep movsb") \
+    X(rep_movsq, REPEATED, "rep movsq") \
+    X(rep_movsq_to_end, REPEATED, "xchg %rdi,%rsi\nrep movsq") \
+    X(rep_movs_down, REPEATED, "std\nadd $24,%rdi\nrep movsq\ncld") \
+    X(rep_movsb_overlap, REPEATED, "lea -3(%rdi),%rsi\nmov $600,%ecx\nsub $600,%rdi\nsub $600,%rsi\nrep movsb") \
+    X(rep_stosb, REPEATED, "mov $40,%ecx\nrep stosb") \
+    X(rep_stosl, REPEATED, "rep stosl") \
+    X(rep_lodsw, REPEATED, "mov %rdi,%rsi\nrep lodsw") \
+    X(repne_scasb, ARITHMETIC | REPEATED, "mov $80,%ecx\nrepne scasb") \
+    X(repe_cmpsb, ARITHMETIC | REPEATED, "mov $80,%ecx\nrepe cmpsb") \
+    X(rep_none, ARITHMETIC | REPEATED, "xor %ecx,%ecx\nrep movsb\nrep stosq\nrepe cmpsb") \
     X(movs_once, NONE, "movsq\nstosl\nlodsb") \
     X(translate, NONE, "mov %rdi,%rbx\nmov $3,%al\nxlat") \
     X(movbe, NONE, "movbe (%rdi),%eax\nmovbe %rax,-8(%rdi)") \
@@ -87,7 +90,7 @@
     X(sse_halves, NONE, "movlps (%rdi),%xmm1\nmovhpd %xmm2,(%rdi)\nmovss (%rdi),%xmm5\nmovsd %xmm6,(%rdi)") \
     X(sse_memory_operand, NONE, "addps (%rdi),%xmm1") \
     X(sse_integer, NONE, "movdqu (%rdi),%xmm0\npaddd %xmm0,%xmm1\npshufd $27,%xmm1,%xmm2\npmaddwd %xmm0,%xmm3") \
-    X(sse_masked_store, NONE, "pcmpeqd %xmm0,%xmm0\nmaskmovdqu %xmm0,%xmm1") \
+    X(sse_masked_store, WIDE, "pcmpeqd %xmm0,%xmm0\nmaskmovdqu %xmm0,%xmm1") \
     X(sse_insert, NONE, "pinsrw $3,(%rdi),%xmm1\npextrw $2,%xmm1,%eax") \
     X(sse_convert, NONE, "cvtsi2sdq (%rdi),%xmm0\ncvttsd2si %xmm0,%rax\ncvtps2pd (%rdi),%xmm1\ncvtsd2ss %xmm0,%xmm2") \
     X(sse_compare, 0x45, "movsd (%rdi),%xmm0\nucomisd %xmm1,%xmm0") \
@@ -104,9 +107,9 @@
     X(sse_store_control, NONE, "stmxcsr (%rdi)") \
     X(x87_arithmetic, NONE, "fld1\nfldpi\nfadd %st,%st(1)\nfdivp %st,%st(1)\nfsqrt\nfstpt -16(%rsp)\nmov -16(%rsp),%rax") \
     X(x87_load, NONE, "fldt (%rdi)\nfldl (%rdi)\nflds (%rdi)\nfildll (%rdi)\nfilds (%rdi)") \
-    X(x87_store, NONE, "fldpi\nfld %st\nfstps (%rdi)\nfstpt (%rdi)") \
+    X(x87_store, FRAME, "fldpi\nfld %st\nfstps (%rdi)\nfstpt (%rdi)") \
     X(x87_store_keeps, NONE, "fldpi\nfstpl (%rdi)\nfld1") \
-    X(x87_decimal, NONE, "fldpi\nfbstp (%rdi)\nfbld (%rdi)") \
+    X(x87_decimal, FRAME, "fldpi\nfbstp (%rdi)\nfbld (%rdi)") \
     X(x87_precision, NONE, "movw $0x07f,-2(%rsp)\nfldcw -2(%rsp)\nfld1\nfldpi\nfdivrp %st,%st(1)\nfst %st(1)") \
     X(x87_rounding, NONE, "movw $0xb7f,-2(%rsp)\nfldcw -2(%rsp)\nfldl2e\nfrndint\nfldlg2\nfistpl -8(%rsp)\nmov -8(%rsp),%eax") \
     X(x87_transcendental, NONE, "fldln2\nf2xm1\nfld1\nfyl2x\nfldpi\nfsin\nfld1\nfpatan\nfldpi\nfcos\nfptan") \
@@ -116,10 +119,10 @@
     X(x87_unmasked, NONE, "movw $0x37b,-2(%rsp)\nfldcw -2(%rsp)\nfld1\nfldz\nfdivrp %st,%st(1)\nmov $1,%eax\nmov $2,%ebx\nfwait\nmov $3,%ecx") \
     X(x87_unmasked_memory, NONE, "movw $0x37e,-2(%rsp)\nfldcw -2(%rsp)\nfldz\nfldz\nfdivp %st,%st(1)\nmov $1,%eax\nflds (%rdi)\nmov $3,%ecx") \
     X(x87_pending_no_wait, NONE, "movw $0x37b,-2(%rsp)\nfldcw -2(%rsp)\nfld1\nfldz\nfdivrp %st,%st(1)\nfnstsw %ax\nfnclex\nfld1\nfnstcw -4(%rsp)\nmov -4(%rsp),%bx") \
-    X(x87_environment, NONE, "fld1\nfldpi\nfnstenv -32(%rsp)\nmovq $0,-20(%rsp)\nmovq $0,-12(%rsp)\nmov -32(%rsp),%rax\nmov -24(%rsp),%ecx\nfldenv -32(%rsp)") \
-    X(x87_save, NONE, "fld1\nfldpi\nfnsave -128(%rsp)\nmovq $0,-116(%rsp)\nmovq $0,-108(%rsp)\nmov -124(%rsp),%eax\nfrstor -128(%rsp)\nfaddp") \
-    X(x87_environment_fault, WIDE, "fld1\nfnstenv (%rdi)\nmovq $0,12(%rdi)\nmovq $0,20(%rdi)") \
-    X(x87_save_fault, WIDE, "fld1\nfnsave (%rdi)\nmovq $0,12(%rdi)\nmovq $0,20(%rdi)") \
+    X(x87_environment, FRAME, "fld1\nfldpi\nfnstenv -32(%rsp)\nmovq $0,-20(%rsp)\nmovq $0,-12(%rsp)\nmov -32(%rsp),%rax\nmov -24(%rsp),%ecx\nfldenv -32(%rsp)") \
+    X(x87_save, FRAME, "fld1\nfldpi\nfnsave -128(%rsp)\nmovq $0,-116(%rsp)\nmovq $0,-108(%rsp)\nmov -124(%rsp),%eax\nfrstor -128(%rsp)\nfaddp") \
+    X(x87_environment_fault, WIDE | FRAME, "fld1\nfnstenv (%rdi)\nmovq $0,12(%rdi)\nmovq $0,20(%rdi)") \
+    X(x87_save_fault, WIDE | FRAME, "fld1\nfnsave (%rdi)\nmovq $0,12(%rdi)\nmovq $0,20(%rdi)") \
     X(x87_restore_fault, WIDE, "frstor (%rdi)") \
     X(x87_move, NONE, "fld1\nfldz\nfcmovb %st(1),%st\nstc\nfcmovb %st(1),%st\nffree %st(1)\nfincstp\nfdecstp\nfdecstp") \
     X(x87_remainder, NONE, "fld1\nfldpi\nfprem\nfnstsw %ax\nfldpi\nfprem1\nfscale\nfxtract\nfabs\nfchs") \
@@ -144,7 +147,7 @@
     X(software_interrupt, NONE, "int $0x81") \
     X(breakpoint, NONE, "inc %rax\nint3\ninc %rax") \
     X(trap_flag, NONE, "pushf\norl $0x100,(%rsp)\npopf\nnop\nmov $1,%eax") \
-    X(trap_flag_string, NONE, "pushf\norl $0x100,(%rsp)\npopf\nrep stosb\nmov $1,%eax") \
+    X(trap_flag_string, REPEATED, "pushf\norl $0x100,(%rsp)\npopf\nrep stosb\nmov $1,%eax") \
     X(trap_after_syscall, NONE, "mov $1000,%eax\nsyscall\nxor %eax,%eax\nxor %ecx,%ecx\nxor %r11d,%r11d") \
     X(segments, NONE, "mov %ss,%eax\nmov %cs,%ebx\nxor %ecx,%ecx\nmov %cx,%es\nmov %es,%edx\nmov %cx,%ds") \
     X(segment_bad, NONE, "mov $0x5f,%eax\nmov %ax,%ds") \
@@ -158,7 +161,7 @@
     X(set_condition, NONE, "cmp %rax,%rbx\nsetb (%rdi)\nseto 1(%rdi)") \
     X(loops, NONE, "1: add $3,%rax\nloop 1b\nmov $2,%ecx\n2: inc %rbx\nloopne 2b\njrcxz 3f\nnop\n3: nop") \
     X(avx_load, NONE, "vmovdqu (%rdi),%ymm1\nvextracti128 $1,%ymm1,%xmm2\nvzeroupper") \
-    X(avx_masked, NONE, "vpcmpeqd %xmm0,%xmm0,%xmm0\nvpslldq $8,%xmm0,%xmm0\nvmaskmovps (%rdi),%xmm0,%xmm3\nvmaskmovps %xmm3,%xmm0,(%rdi)") \
+    X(avx_masked, WIDE, "vpcmpeqd %xmm0,%xmm0,%xmm0\nvpslldq $8,%xmm0,%xmm0\nvmaskmovps (%rdi),%xmm0,%xmm3\nvmaskmovps %xmm3,%xmm0,(%rdi)") \
     X(avx_gather, STOPS, "vpcmpeqd %xmm0,%xmm0,%xmm0\nvpxor %xmm1,%xmm1,%xmm1\nvpinsrd $1,%ecx,%xmm1,%xmm1\nvpgatherdd %xmm0,(%rdi,%xmm1,4),%xmm2") \
     X(aes, NONE, "aesenc %xmm1,%xmm2\naesdeclast %xmm3,%xmm4\npclmulqdq $1,%xmm1,%xmm5") \
     X(string_compare, 0x8c1, "movdqu -16(%rdi),%xmm0\npcmpistri $12,%xmm1,%xmm0")

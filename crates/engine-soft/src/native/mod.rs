@@ -26,6 +26,7 @@ pub use stub::{available, uses_mxcsr};
 pub use xsave::{AVX_AT, AVX_SIZE, XCR0_VALID, XSAVE_HEADER_END, XSAVE_SIZE};
 
 use crate::cpu::{Cpu, Trap};
+use crate::cpuid::host_is_amd;
 use crate::decode::{Ctx, Exec, Flow, Handler, Op, op_flags};
 use crate::mmu::Access;
 use iced_x86::{CpuidFeature, EncodingKind, Instruction, Mnemonic, OpAccess, OpKind, Register};
@@ -318,6 +319,7 @@ fn alignment(i: &Instruction) -> u8 {
                     | M::Pcmpistri
                     | M::Pcmpistrm
             )
+            // AMD's CPUs take misaligned operands of SHA instructions, against both makers' manuals.
             && !(i.cpuid_features() == [CpuidFeature::SHA] && host_is_amd())
     } else {
         matches!(
@@ -326,11 +328,6 @@ fn alignment(i: &Instruction) -> u8 {
         )
     };
     if demanded { size as u8 } else { 1 }
-}
-
-/// AMD's CPUs take misaligned operands of SHA instructions, against both vendors' manuals.
-fn host_is_amd() -> bool {
-    crate::cpuid::offered().find(0, 0).is_some_and(|l| &l.ebx.to_le_bytes() == b"Auth")
 }
 
 /// Whether instructions of this feature are executed by stubs.

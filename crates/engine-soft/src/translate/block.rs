@@ -14,7 +14,7 @@ use super::stubs::{LIVE, PINNED, RIP_AT, live, reg_at};
 use super::uses::{Registers, registers, vector_needs, wanted_after};
 use super::{Link, Stubs, Translator};
 use crate::cache::{Block, Place};
-use crate::cpu::{CodeSize, Cpu, ZERO};
+use crate::cpu::{CodeSize, Cpu};
 use crate::decode::{self, Fetched, Op, op_flags};
 use crate::native;
 use iced_x86::{Code as I, Encoder, Instruction, InstructionInfoFactory, OpKind, Register};
@@ -658,53 +658,6 @@ impl Emit<'_> {
         }
         let o = self.operand_at(Address { base: Some(base), index: None, disp }, Wanted::stack(write));
         (o, self.lost())
-    }
-
-    /// PUSH of eight bytes of memory.
-    fn push_memory(&mut self, op: &Op) {
-        self.spare_flags();
-        let lost = self.lost();
-        let from = self.operand(op, Wanted::stack(false));
-        self.c.mem(0x8b, T0, from.at);
-        self.keep(T0);
-        let (to, _) = self.stack(SP, -8, true);
-        self.kept(to.spare);
-        self.c.mem(0x89, to.spare, to.at);
-        self.c.lea(SP, Some(SP), None, -8);
-        self.slow_path(from.miss, op, lost);
-        self.slow_path(to.miss, op, lost);
-    }
-
-    /// LEA, of 64 bits if `wide`, else of 32: no segment takes part. Host flags stay.
-    fn lea(&mut self, op: &Op, wide: bool) {
-        let flat = Op { flags: op.flags | op_flags::FLAT, ..op.clone() };
-        let index_in_memory = flat.index != ZERO && pinned(flat.index).is_none();
-        let to = pinned(op.dst / 8).unwrap_or(T0);
-        let last = if Emit::reachable(&flat) && !index_in_memory {
-            let at = self.address(&flat);
-            let last = self.c.at();
-            self.c.mem(0x8d, to, at);
-            last
-        } else {
-            self.c.imm64(T0, flat.disp);
-            if flat.base != ZERO {
-                let base = self.value(flat.base, T1);
-                self.c.lea(T0, Some(T0), Some((base, 0)), 0);
-            }
-            if flat.index != ZERO {
-                let index = self.value(flat.index, T1);
-                self.c.lea(T0, Some(T0), Some((index, flat.scale)), 0);
-            }
-            let last = self.c.at();
-            self.c.mov(to, T0);
-            last
-        };
-        if !wide {
-            self.c.bytes[last] &= !8; // without REX.W
-        }
-        if to == T0 {
-            self.c.store_cpu(T0, reg_at(op.dst / 8));
-        }
     }
 
     /// An instruction that stays as it is but for its registers and its memory operand.

@@ -3,7 +3,7 @@
 //! [`Emit::operand`] is all that other forms need: it leaves a host address in terms of registers, and one scratch register free. Host flags
 //! are lost; [`Emit::spare_flags`] comes first.
 
-use super::asm::{Address, Hole, T0, T1, TLB};
+use super::asm::{Address, Hole, SP, T0, T1, TLB};
 use super::block::{Emit, pinned};
 use super::group::Group;
 use super::recall::Recalled;
@@ -257,5 +257,52 @@ impl Emit<'_> {
     /// See [`Emit::keep`].
     pub(super) fn kept(&mut self, reg: u8) {
         self.c.load_cpu(reg, KEPT);
+    }
+
+    /// PUSH of eight bytes of memory.
+    pub(super) fn push_memory(&mut self, op: &Op) {
+        self.spare_flags();
+        let lost = self.lost();
+        let from = self.operand(op, Wanted::stack(false));
+        self.c.mem(0x8b, T0, from.at);
+        self.keep(T0);
+        let (to, _) = self.stack(SP, -8, true);
+        self.kept(to.spare);
+        self.c.mem(0x89, to.spare, to.at);
+        self.c.lea(SP, Some(SP), None, -8);
+        self.slow_path(from.miss, op, lost);
+        self.slow_path(to.miss, op, lost);
+    }
+
+    /// LEA, of 64 bits if `wide`, else of 32: no segment takes part. Host flags stay.
+    pub(super) fn lea(&mut self, op: &Op, wide: bool) {
+        let flat = Op { flags: op.flags | op_flags::FLAT, ..op.clone() };
+        let index_in_memory = flat.index != ZERO && pinned(flat.index).is_none();
+        let to = pinned(op.dst / 8).unwrap_or(T0);
+        let last = if Emit::reachable(&flat) && !index_in_memory {
+            let at = self.address(&flat);
+            let last = self.c.at();
+            self.c.mem(0x8d, to, at);
+            last
+        } else {
+            self.c.imm64(T0, flat.disp);
+            if flat.base != ZERO {
+                let base = self.value(flat.base, T1);
+                self.c.lea(T0, Some(T0), Some((base, 0)), 0);
+            }
+            if flat.index != ZERO {
+                let index = self.value(flat.index, T1);
+                self.c.lea(T0, Some(T0), Some((index, flat.scale)), 0);
+            }
+            let last = self.c.at();
+            self.c.mov(to, T0);
+            last
+        };
+        if !wide {
+            self.c.bytes[last] &= !8; // without REX.W
+        }
+        if to == T0 {
+            self.c.store_cpu(T0, reg_at(op.dst / 8));
+        }
     }
 }

@@ -6,6 +6,7 @@ use super::programs::{self, Program};
 use fastrand::Rng;
 use iced_x86::{Instruction, Mnemonic as M};
 use ringfort_engine_soft::cpu::{CodeSize, RIP};
+use ringfort_engine_soft::cpuid::host_is_amd;
 use ringfort_engine_soft::decode::{self, Mode};
 use ringfort_engine_soft::testing::{Machine, TestMode, layout};
 use ringfort_engine_soft::translate::Translator;
@@ -464,12 +465,6 @@ fn same_fault(host: Option<Fault>, engine: Option<Fault>) -> bool {
         (Some(h), Some(e)) if h.vector == 14 && h.error & 1 == 0 => h == Fault { error: e.error & !1, ..e },
         _ => host == engine,
     }
-}
-
-/// Whether the host is AMD's (or Hygon's), which the engine does as where the manuals leave something open.
-pub fn host_is_amd() -> bool {
-    let ebx = std::arch::x86_64::__cpuid(0).ebx.to_le_bytes();
-    matches!(&ebx, b"Auth" | b"Hygo")
 }
 
 /// A string instruction with a repetition prefix.

@@ -13,6 +13,7 @@ mod programs;
 use compare::{Bench, Way};
 use fastrand::Rng;
 use iced_x86::{Code, Encoder, EncodingKind, FlowControl, Mnemonic as M};
+use ringfort_engine_soft::cpuid::host_is_amd;
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name)
@@ -294,7 +295,7 @@ fn sequences(groups: &[Group], cases: u64, way: Way) {
         .filter(|c| !matches!(c.mnemonic(), M::Ldmxcsr | M::Vldmxcsr))
         .filter(|c| way != Way::Translated || !Bench::loose_flags(c.mnemonic()))
         // Without what hosts do in different ways (see `compare`).
-        .filter(|c| compare::host_is_amd() || !matches!(c.mnemonic(), M::Rol | M::Ror))
+        .filter(|c| host_is_amd() || !matches!(c.mnemonic(), M::Rol | M::Ror))
         .collect();
     for _ in 0..cases {
         let mut parts = Vec::new();
@@ -306,7 +307,7 @@ fn sequences(groups: &[Group], cases: u64, way: Way) {
                 continue;
             }
             let i = &g.instruction;
-            if !compare::host_is_amd() && (compare::repeats(i) || compare::faults_in_its_own_way(i)) {
+            if !host_is_amd() && (compare::repeats(i) || compare::faults_in_its_own_way(i)) {
                 continue;
             }
             at += g.bytes.len() as u64;

@@ -10,6 +10,7 @@ use iced_x86::{
     CpuidFeature as F, Decoder, DecoderOptions, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic,
     OpKind, Register,
 };
+use ringfort_engine_soft::cpuid::host_is_amd;
 use ringfort_engine_soft::testing::{Machine, TestMode, layout};
 use ringfort_x86::cr::CR0_AM;
 use std::collections::BTreeMap;
@@ -394,12 +395,6 @@ fn image(r: &mut Rng, before: &Context) -> Vec<u8> {
         a[512 + r.usize(0..64)] |= 1;
     }
     a
-}
-
-/// Whether the host is AMD's (or Hygon's), as which the engine behaves where makers differ.
-fn host_is_amd() -> bool {
-    let ebx = std::arch::x86_64::__cpuid(0).ebx.to_le_bytes();
-    matches!(&ebx, b"Auth" | b"Hygo")
 }
 
 #[test]
