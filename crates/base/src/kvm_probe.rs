@@ -127,7 +127,14 @@ fn run(rounds: u64) -> Result<Duration, String> {
     // dec rcx; jnz -5; hlt
     memory.write(CODE, &[0x48, 0xff, 0xc9, 0x75, 0xfb, 0xf4]);
 
-    let vm = kvm.create_vm().map_err(|e| match e.errno() {
+    let vm = loop {
+        match kvm.create_vm() {
+            // A signal says nothing about the host.
+            Err(e) if e.errno() == libc::EINTR => {}
+            vm => break vm,
+        }
+    };
+    let vm = vm.map_err(|e| match e.errno() {
         // What the processor's virtualization is switched on for already (Intel SDM 3C section 24.7, AMD APM 2 section 15.4).
         libc::EBUSY => "the processor's virtualization is in use by another hypervisor".into(),
         _ => say("create a VM")(e),

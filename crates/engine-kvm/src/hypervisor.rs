@@ -6,7 +6,7 @@ use crate::{caps, cpuid, msr};
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_HALT_POLL, KVM_MAX_CPUID_ENTRIES,
 };
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use ringfort_engine::{Capabilities, CpuidTable, EngineError, FeatureSet, Hypervisor, MachineBus, Vm};
 use ringfort_memory::GuestMemory;
 use std::ffi::CString;
@@ -139,9 +139,19 @@ fn ring_bytes(kvm: &Kvm) -> (u32, i32) {
         .unwrap_or((0, 0))
 }
 
+/// A VM. The host gives up with EINTR when a signal comes for the process meanwhile, which says nothing about it.
+fn new_vm(kvm: &Kvm) -> Result<VmFd, EngineError> {
+    loop {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            vm => return vm.map_err(|e| crate::error::vm_failed(e.errno())),
+        }
+    }
+}
+
 /// The frequency of guests' TSCs, which only a vCPU tells.
 fn tsc_khz(kvm: &Kvm) -> Result<u32, EngineError> {
-    let vm = kvm.create_vm().map_err(|e| crate::error::vm_failed(e.errno()))?;
+    let vm = new_vm(kvm)?;
     let vcpu = vm.create_vcpu(0).map_err(host("making a vCPU"))?;
     vcpu.get_tsc_khz().map_err(host("asking for the TSC's frequency"))
 }
@@ -184,7 +194,7 @@ impl Hypervisor for KvmHypervisor {
     }
 
     fn create_vm(&self, memory: GuestMemory, bus: Arc<dyn MachineBus>) -> Result<Arc<dyn Vm>, EngineError> {
-        let fd = self.kvm.create_vm().map_err(|e| crate::error::vm_failed(e.errno()))?;
+        let fd = new_vm(&self.kvm)?;
         let ring = self.options.dirty_ring.map(|entries| (ring_bytes(&self.kvm).0, entries));
         Ok(Arc::new(KvmVm::new(fd, &self.options, ring, self.msrs.clone(), memory, bus)?))
     }
