@@ -150,19 +150,51 @@ pub struct Stubs {
     pub end: usize,
 }
 
-/// Move all vector registers (`avx`), or their lower halves, between the `Cpu` and the host's.
-fn vectors(c: &mut Code, store: bool, avx: bool) {
+/// What is moved of vector registers, and by which instructions.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// Lower halves, upper halves stay.
+    Lower,
+    /// Lower halves, loads clear the upper halves.
+    LowerAlone,
+    /// Everything.
+    All,
+}
+
+/// Move all vector registers between the `Cpu` and the host's.
+fn vectors(c: &mut Code, store: bool, part: Part) {
     for n in 0..16u8 {
         let modrm = [(n & 7) << 3 | 4, 0x25];
         let high = n >> 3;
-        if avx {
-            c.raw(&[0x65, 0xc5, (high ^ 1) << 7 | 0x7c, 0x28 | u8::from(store)]);
-        } else {
-            c.raw(&[0x65, 0x40 | high << 2, 0x0f, 0x28 | u8::from(store)]);
+        match part {
+            Part::Lower => c.raw(&[0x65, 0x40 | high << 2, 0x0f, 0x28 | u8::from(store)]), // movaps
+            Part::LowerAlone => c.raw(&[0x65, 0xc5, (high ^ 1) << 7 | 0x78, 0x28 | u8::from(store)]),
+            Part::All => c.raw(&[0x65, 0xc5, (high ^ 1) << 7 | 0x7c, 0x28 | u8::from(store)]), // vmovaps
         }
         c.raw(&modrm);
         c.raw(&(VEC + i32::from(n) * 32).to_le_bytes());
     }
+}
+
+/// Load all of the vector registers; flags are lost. Where all upper halves are 0, as a guest's VZEROUPPER leaves them, the host's are cleared
+/// rather than loaded: after a load its SSE instructions would take hundreds of cycles on Intel's CPUs (Optimization Reference Manual,
+/// "Mixing AVX Code with SSE Code"), which the guest has done its part to avoid.
+fn load_vectors(c: &mut Code) {
+    for n in 0..16 {
+        c.raw(if n == 0 {
+            &[0x65, 0xc5, 0xf9, 0x6f, 0x04, 0x25]
+        } else {
+            &[0x65, 0xc5, 0xf9, 0xeb, 0x04, 0x25]
+        });
+        c.raw(&(VEC + n * 32 + 16).to_le_bytes()); // vmovdqa xmm0, then vpor xmm0
+    }
+    c.raw(&[0xc4, 0xe2, 0x79, 0x17, 0xc0]); // vptest xmm0, xmm0
+    let some = c.jcc(5);
+    vectors(c, false, Part::LowerAlone);
+    let loaded = c.jmp();
+    c.land(some);
+    vectors(c, false, Part::All);
+    c.land(loaded);
 }
 
 /// `ldmxcsr` (2) or `stmxcsr` (3) `gs:[at]`.
@@ -183,14 +215,14 @@ impl Stubs {
         if avx {
             c.test_cpu8(LIVE, live::AVX);
             let halves = c.jcc(4);
-            vectors(&mut c, true, true);
+            vectors(&mut c, true, Part::All);
             c.raw(&[0xc5, 0xf8, 0x77]); // vzeroupper
             let saved = c.jmp();
             c.land(halves);
-            vectors(&mut c, true, false);
+            vectors(&mut c, true, Part::Lower);
             c.land(saved);
         } else {
-            vectors(&mut c, true, false);
+            vectors(&mut c, true, Part::Lower);
         }
         c.test_cpu8(LIVE, live::MXCSR);
         let plain = c.jcc(4);
@@ -200,17 +232,17 @@ impl Stubs {
         c.cpu32(&[0xc6], 0, LIVE);
         c.raw(&[0, 0xc3]); // mov byte [live], 0; ret
         // The way back, of what AL says.
-        let load_vectors = c.at();
+        let load_at = c.at();
         if avx {
             c.raw(&[0xa8, live::AVX]); // test al
             let halves = c.jcc(4);
-            vectors(&mut c, false, true);
+            load_vectors(&mut c);
             let loaded = c.jmp();
             c.land(halves);
-            vectors(&mut c, false, false);
+            vectors(&mut c, false, Part::Lower);
             c.land(loaded);
         } else {
-            vectors(&mut c, false, false);
+            vectors(&mut c, false, Part::Lower);
         }
         c.raw(&[0xa8, live::MXCSR]); // test al
         let plain = c.jcc(4);
@@ -218,7 +250,7 @@ impl Stubs {
         c.land(plain);
         c.cpu32(&[0x88], 0, LIVE);
         c.raw(&[0xc3]); // mov [live], al; ret
-        let saved = Saved { save_vectors, load_vectors };
+        let saved = Saved { save_vectors, load_vectors: load_at };
 
         // The way in: fn(cpu: rdi, code: rsi). Six pushes and eight bytes leave the stack aligned to 16, and so do the pairs.
         let enter = base + c.at();
@@ -403,16 +435,18 @@ impl Stubs {
         let have_avx = c.jcc(5);
         c.test_cpu8(LIVE, live::SSE);
         let nothing = c.jcc(4);
-        vectors(&mut c, true, false);
+        vectors(&mut c, true, Part::Lower);
         c.land(nothing);
-        vectors(&mut c, false, avx);
+        if avx {
+            load_vectors(&mut c);
+        }
         c.cpu32(&[0x80], 1, LIVE);
         c.raw(&[live::SSE | live::AVX]); // or byte [live]
         let loaded = c.jmp();
         c.land(only_sse);
         c.test_cpu8(LIVE, live::SSE);
         let have_sse = c.jcc(5);
-        vectors(&mut c, false, false);
+        vectors(&mut c, false, Part::Lower);
         c.cpu32(&[0x80], 1, LIVE);
         c.raw(&[live::SSE]); // or byte [live]
         for h in [have_avx, loaded, have_sse] {
