@@ -475,12 +475,14 @@ impl<P: Payload> Lane<P> {
     fn wait_for_wake(&self) {
         let fd = self.returned.wake.0.as_raw_fd();
         let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-        // Bounded, so that a lost wake (its user read the descriptor elsewhere) costs a moment and no more.
-        // SAFETY: one structure on the stack; then eight bytes to the stack from a descriptor that has something.
+        let mut count = [0u8; 8];
+        let buffer = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
+        // Bounded, so that a lost wake (its user read the descriptor elsewhere) costs a moment and no more. That may happen
+        // between the two calls, so the second does not wait.
+        // SAFETY: one structure on the stack; then eight bytes to the stack.
         unsafe {
             if libc::poll(&mut poll, 1, 50) == 1 {
-                let mut count = [0u8; 8];
-                libc::read(fd, count.as_mut_ptr().cast(), count.len());
+                libc::preadv2(fd, &buffer, 1, -1, libc::RWF_NOWAIT);
             }
         }
     }
