@@ -155,6 +155,11 @@ fn build() -> CpuidTable {
             *[&mut l.eax, &mut l.ebx, &mut l.ecx, &mut l.edx][w.register] |= value;
         }
     }
+    if crate::flaws::arch_capabilities() != 0
+        && let Some(l) = t.leaves.iter_mut().find(|l| (l.function, l.index) == (7, Some(0)))
+    {
+        l.edx |= 1 << 29;
+    }
     // The kernel may have AVX switched off (XCR0) where CPUID has it: then nothing that VEX encodes can be executed.
     if !avx {
         for (f, i, register, gone) in [

@@ -23,6 +23,7 @@ pub mod cpu;
 pub mod cpuid;
 mod crash;
 pub mod decode;
+mod flaws;
 mod hash;
 pub mod interp;
 pub mod mmu;

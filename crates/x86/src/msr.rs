@@ -58,3 +58,34 @@ pub const KVM_PV_EOI_EN: u32 = 0x4b56_4d04;
 pub const KVM_POLL_CONTROL: u32 = 0x4b56_4d05;
 pub const KVM_WALL_CLOCK: u32 = 0x11;
 pub const KVM_SYSTEM_TIME: u32 = 0x12;
+
+/// Bits of [`IA32_ARCH_CAPABILITIES`] that say that a CPU lacks a flaw (Intel SDM 4, table 2-2).
+pub mod arch_capabilities {
+    pub const RDCL_NO: u64 = 1 << 0;
+    pub const SSB_NO: u64 = 1 << 4;
+    pub const MDS_NO: u64 = 1 << 5;
+    pub const PSCHANGE_MC_NO: u64 = 1 << 6;
+    pub const TAA_NO: u64 = 1 << 8;
+    pub const SBDR_SSDP_NO: u64 = 1 << 13;
+    pub const FBSDP_NO: u64 = 1 << 14;
+    pub const PSDP_NO: u64 = 1 << 15;
+    pub const BHI_NO: u64 = 1 << 20;
+    pub const PBRSB_NO: u64 = 1 << 24;
+    pub const GDS_NO: u64 = 1 << 26;
+    pub const RFDS_NO: u64 = 1 << 27;
+    pub const ITS_NO: u64 = 1 << 62;
+    /// All of them.
+    pub const FLAWLESS: u64 = RDCL_NO
+        | SSB_NO
+        | MDS_NO
+        | PSCHANGE_MC_NO
+        | TAA_NO
+        | SBDR_SSDP_NO
+        | FBSDP_NO
+        | PSDP_NO
+        | BHI_NO
+        | PBRSB_NO
+        | GDS_NO
+        | RFDS_NO
+        | ITS_NO;
+}

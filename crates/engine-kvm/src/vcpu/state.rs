@@ -14,8 +14,10 @@ use kvm_bindings::{
 use kvm_ioctls::Cap;
 use ringfort_engine::{CpuEvents, CpuState, EngineError, MpState, PendingException};
 use ringfort_x86::cr::{CR0_PG, CR4_PAE, EFER_LMA};
+use ringfort_x86::msr::arch_capabilities::FLAWLESS;
 use ringfort_x86::msr::{
-    AMD_HWCR, IA32_APIC_BASE, IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE, KVM_WALL_CLOCK_NEW,
+    AMD_HWCR, IA32_APIC_BASE, IA32_ARCH_CAPABILITIES, IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE,
+    KVM_WALL_CLOCK_NEW,
 };
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
@@ -126,6 +128,9 @@ impl KvmVcpu {
     }
 
     fn write_msr(&self, index: u32, data: u64) -> Result<(), EngineError> {
+        if index == IA32_ARCH_CAPABILITIES {
+            self.check_flaws(data)?;
+        }
         let entry = kvm_msr_entry { index, data, ..Default::default() };
         let msrs = Msrs::from_entries(&[entry]).map_err(|_| EngineError::Internal("one MSR".into()))?;
         if self.fd.set_msrs(&msrs).is_ok_and(|n| n == 1) {
@@ -136,6 +141,18 @@ impl KvmVcpu {
             return Ok(());
         }
         Err(refuse(format!("MSR {index:#x} cannot hold {data:#x} on this CPU model under KVM")))
+    }
+
+    /// A guest that was told that its CPU lacks a flaw does nothing about it; KVM itself takes its word.
+    fn check_flaws(&self, told: u64) -> Result<(), EngineError> {
+        let here = self.read_msrs(&[IA32_ARCH_CAPABILITIES]).first().map_or(0, |m| m.1);
+        match told & FLAWLESS & !here {
+            0 => Ok(()),
+            flaws => Err(refuse(format!(
+                "the guest was told that its CPU lacks flaws that this host's has (IA32_ARCH_CAPABILITIES {flaws:#x}); \
+                 use another host or engine, or save a machine that runs with --cpu portable"
+            ))),
+        }
     }
 
     /// Read the whole state.

@@ -71,7 +71,7 @@ pub fn stored_msrs() -> impl Iterator<Item = u32> {
 
 impl Cpu {
     /// Whether CPUID declares a feature: leaf, register (0 EAX to 3 EDX), bit.
-    fn declares(&self, function: u32, register: u8, bit: u32) -> bool {
+    pub(super) fn declares(&self, function: u32, register: u8, bit: u32) -> bool {
         self.cpuid.find(function, 0).is_some_and(|l| {
             let v = [l.eax, l.ebx, l.ecx, l.edx][usize::from(register)];
             v >> bit & 1 != 0

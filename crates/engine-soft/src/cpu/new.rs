@@ -69,6 +69,9 @@ impl Cpu {
             cpuid,
             env,
         });
+        if cpu.declares(7, 3, 29) {
+            cpu.msrs.insert(IA32_ARCH_CAPABILITIES, crate::flaws::arch_capabilities());
+        }
         cpu.reset(false);
         cpu
     }

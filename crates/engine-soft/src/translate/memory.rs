@@ -172,23 +172,13 @@ impl Emit<'_> {
         miss
     }
 
-    /// The index of the TLB's entry for the page of `at`, into [`T1`].
-    pub(super) fn index_of(&mut self, at: Address) {
+    /// The index of the TLB's entry for the page of the address in `reg`, into [`T1`].
+    pub(super) fn index_of(&mut self, reg: u8) {
         if self.fast_pext {
-            let from = match at {
-                Address { base: Some(r), index: None, disp: 0 } => r,
-                _ => {
-                    self.c.mem(0x8d, T1, at);
-                    T1
-                }
-            };
-            // pext r14, from, [r15]: the mask
-            self.c.raw(&[0xc4, 0x42, (!from & 15) << 3 | 0x82, 0xf5, 0x37]);
+            // pext r14, reg, [r15]: the mask
+            self.c.raw(&[0xc4, 0x42, (!reg & 15) << 3 | 0x82, 0xf5, 0x37]);
         } else {
-            match at {
-                Address { base: Some(r), index: None, disp: 0 } => self.c.mov(T1, r),
-                _ => self.c.mem(0x8d, T1, at),
-            }
+            self.c.mov(T1, reg);
             self.c.raw(&[0x49, 0xc1, 0xee, 12]); // shr r14, 12
             self.c.raw(&[0x41, 0x81, 0xe6]); // and r14d
             self.c.raw(&((INDEX_MASK >> 12) as u32).to_le_bytes());
@@ -221,8 +211,17 @@ impl Emit<'_> {
     pub(super) fn probe(&mut self, at: Address, wanted: Wanted) -> Miss {
         let again = self.c.at();
         let tag = if wanted.write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
-        self.index_of(at);
-        self.linear(at);
+        match at {
+            // The move costs nothing, and nothing waits for it.
+            Address { base: Some(reg), index: None, disp: 0 } if reg != T0 => {
+                self.index_of(reg);
+                self.linear(at);
+            }
+            _ => {
+                self.linear(at);
+                self.index_of(T0);
+            }
+        }
         // The offset in the page, if this is the page.
         self.c.mem(0x33, T0, Emit::entry(tag)); // xor r13
         let from = self.in_page(T0, wanted);

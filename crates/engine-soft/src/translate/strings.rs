@@ -56,7 +56,7 @@ impl Emit<'_> {
     /// the byte before it does.
     fn within_page(&mut self, at: u8, size: u8, write: bool) -> Miss {
         let scale = size.trailing_zeros() as u8;
-        self.index_of(Address { base: Some(at), index: None, disp: 0 });
+        self.index_of(at);
         self.c.lea(T0, Some(at), Some((RCX, scale)), -1);
         self.c.raw(&[0x49, 0x81, 0xe5, 0, 0xf0, 0xff, 0xff]); // and r13, -4096
         let tags = if write { offset_of!(TlbSet, write) } else { offset_of!(TlbSet, read) };
