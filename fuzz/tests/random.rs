@@ -63,4 +63,6 @@ fn images_with_a_right_beginning_and_a_wrong_rest() {
 fn what_was_found_once_stays_mended() {
     // A disk of a huge size, of which nothing is there.
     ringfort_fuzz::disk_qcow2(&[0x0a, 0x08, 0x32, 0x0a, 0x40]);
+    // A snapshot of a disk whose table names a cluster far behind the file.
+    ringfort_fuzz::disk_qcow2(&[0x0a, 0x0a, 0x22, 0x22, 0x0c]);
 }

@@ -148,10 +148,14 @@ impl Meta {
         }
     }
 
-    /// Add `delta` to the refcounts of `count` clusters.
+    /// Add `delta` to the refcounts of `count` clusters that are in use.
     pub fn adjust(&mut self, first: u64, count: u64, delta: i64, file: &FileStorage) -> io::Result<()> {
         for c in first..first + count {
             let now = self.refcount(c, file)?;
+            // It may lie anywhere, and whoever takes free clusters may take it as well.
+            if now == 0 {
+                return Err(damaged(format!("cluster {c} is in use but has no refcount")));
+            }
             let new = now.checked_add_signed(delta).filter(|n| *n <= self.max_refcount());
             let new =
                 new.ok_or_else(|| damaged(format!("the refcount of cluster {c} is {now}, out of range")))?;
