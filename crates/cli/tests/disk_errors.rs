@@ -154,25 +154,20 @@ fn a_bad_disk(aio: &str) {
     g.shell(&format!("{} 2>/dev/null | md5sum | cmp - /tmp/sum", read("vda", 10)));
 
     // The machine stands before a write and before a read, and does them when all is mended.
-    g.send(&format!("{} 2>/dev/null; echo rf-'status':$?\n", write("vdb", 9)));
-    g.expect("stands: write error: Input/output error (os error 5); the guest stands: mend it");
-    failed(&mut control, "write", "virtio1", "stop");
-    control.event("STOP");
-    mend();
-    control.ask("cont", json!({}));
-    control.event("RESUME");
-    g.expect("rf-status:0");
-    spoil();
-    g.send(&format!("{} 2>/dev/null | md5sum | cmp - /tmp/sum; echo rf-'status':$?\n", read("vdb", 9)));
-    g.expect("stands: read error: Input/output error (os error 5); the guest stands: mend it");
-    failed(&mut control, "read", "virtio1", "stop");
-    control.event("STOP");
-    mend();
-    control.ask("cont", json!({}));
-    control.event("RESUME");
-    g.expect("rf-status:0");
+    let read_back = format!("{} 2>/dev/null | md5sum | cmp - /tmp/sum", read("vdb", 9));
+    for (work, operation) in [(write("vdb", 9), "write"), (read_back, "read")] {
+        g.send(&format!("{work} 2>/dev/null; echo rf-'status':$?\n"));
+        let error = format!("{operation} error: Input/output error (os error 5)");
+        g.expect(&format!("stands: {error}; the guest stands: mend it"));
+        failed(&mut control, operation, "virtio1", "stop");
+        control.event("STOP");
+        mend();
+        control.ask("cont", json!({}));
+        control.event("RESUME");
+        g.expect("rf-status:0");
+        spoil();
+    }
     // Space comes back by itself, and the guest goes on by itself.
-    spoil();
     g.send(&format!("{} 2>/dev/null; echo rf-'status':$?\n", write("vdb", 11)));
     g.expect("the guest stands until there is space");
     failed_so(&mut control, "write", "virtio1", "stop", true);

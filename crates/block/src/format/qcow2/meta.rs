@@ -148,22 +148,61 @@ impl Meta {
         }
     }
 
+    /// Call `each` with the refcounts of `count` clusters from `first` on, in order.
+    pub fn refcounts(
+        &mut self,
+        first: u64,
+        count: u64,
+        file: &FileStorage,
+        mut each: impl FnMut(u64),
+    ) -> io::Result<()> {
+        let (per, order, cluster) =
+            (self.header.refblock_entries(), self.header.refcount_order, self.cluster());
+        let (mut c, end) = (first, first + count);
+        while c < end {
+            let (block, stop) = (c / per, end.min((c / per + 1) * per));
+            match self.reftable.get(block as usize).map_or(0, |o| *o & !0x1ff) {
+                0 => (c..stop).for_each(|_| each(0)),
+                offset => {
+                    let t = self.refblocks.load(block, offset, cluster, file)?;
+                    (c..stop).for_each(|c| each(t.refcount((c % per) as usize, order)));
+                }
+            }
+            c = stop;
+        }
+        Ok(())
+    }
+
     /// Add `delta` to the refcounts of `count` clusters that are in use.
     pub fn adjust(&mut self, first: u64, count: u64, delta: i64, file: &FileStorage) -> io::Result<()> {
-        for c in first..first + count {
-            let now = self.refcount(c, file)?;
+        let (per, order, cluster) =
+            (self.header.refblock_entries(), self.header.refcount_order, self.cluster());
+        let max = self.max_refcount();
+        let (mut c, end) = (first, first + count);
+        while c < end {
+            let (block, stop) = (c / per, end.min((c / per + 1) * per));
             // It may lie anywhere, and whoever takes free clusters may take it as well.
-            if now == 0 {
-                return Err(damaged(format!("cluster {c} is in use but has no refcount")));
+            let unused = |c| damaged(format!("cluster {c} is in use but has no refcount"));
+            let offset = self.reftable.get(block as usize).map_or(0, |o| *o & !0x1ff);
+            if offset == 0 {
+                return Err(unused(c));
             }
-            let new = now.checked_add_signed(delta).filter(|n| *n <= self.max_refcount());
-            let new =
-                new.ok_or_else(|| damaged(format!("the refcount of cluster {c} is {now}, out of range")))?;
-            self.set_refcount(c, new, file)?;
-            if new == 0 {
-                self.free_hint = self.free_hint.min(c);
-                self.fixed.remove(&c);
+            let t = self.refblocks.load(block, offset, cluster, file)?;
+            for c in c..stop {
+                let now = t.refcount((c % per) as usize, order);
+                if now == 0 {
+                    return Err(unused(c));
+                }
+                let new = now.checked_add_signed(delta).filter(|n| *n <= max);
+                let new = new
+                    .ok_or_else(|| damaged(format!("the refcount of cluster {c} is {now}, out of range")))?;
+                t.set_refcount((c % per) as usize, order, new);
+                if new == 0 {
+                    self.free_hint = self.free_hint.min(c);
+                    self.fixed.remove(&c);
+                }
             }
+            c = stop;
         }
         Ok(())
     }
@@ -245,16 +284,26 @@ impl Meta {
         Ok(())
     }
 
+    /// The first cluster from `at` on whose refcount is zero; there is a refcount block for it then.
+    fn next_free(&mut self, mut at: u64, file: &FileStorage) -> io::Result<u64> {
+        let (per, order, cluster) =
+            (self.header.refblock_entries(), self.header.refcount_order, self.cluster());
+        loop {
+            let block = at / per;
+            self.ensure_refblock(block, file)?;
+            let offset = self.reftable[block as usize] & !0x1ff;
+            let t = self.refblocks.load(block, offset, cluster, file)?;
+            let stop = (block + 1) * per;
+            if let Some(c) = (at..stop).find(|c| t.refcount((c % per) as usize, order) == 0) {
+                return Ok(c);
+            }
+            at = stop;
+        }
+    }
+
     /// Take up to `want` free clusters in one run; gives the first and the count. Their refcounts become one.
     pub fn alloc(&mut self, want: u64, file: &FileStorage) -> io::Result<(u64, u64)> {
-        let mut at = self.free_hint;
-        loop {
-            self.ensure_refblock(at / self.header.refblock_entries(), file)?;
-            if self.refcount(at, file)? == 0 {
-                break;
-            }
-            at += 1;
-        }
+        let at = self.next_free(self.free_hint, file)?;
         let mut n = 0;
         while n < want && self.refcount(at + n, file)? == 0 {
             if self.fixed.contains(&(at + n)) {
@@ -280,12 +329,13 @@ impl Meta {
     pub fn alloc_run(&mut self, count: u64, file: &FileStorage) -> io::Result<u64> {
         let (mut first, mut n) = (self.free_hint, 0);
         while n < count {
-            let c = first + n;
-            self.ensure_refblock(c / self.header.refblock_entries(), file)?;
-            if self.refcount(c, file)? == 0 && !self.fixed.contains(&c) {
+            let c = self.next_free(first + n, file)?;
+            if self.fixed.contains(&c) {
+                (first, n) = (c + 1, 0);
+            } else if c == first + n {
                 n += 1;
             } else {
-                (first, n) = (c + 1, 0);
+                (first, n) = (c, 1);
             }
         }
         for c in first..first + count {

@@ -100,6 +100,19 @@ pub(super) fn parse_table(table: &[u8], count: u32, disk_size: u64) -> io::Resul
     Ok((list, at as u64))
 }
 
+/// The runs of clusters that an L2 table's entries name, in their order: the first and how many.
+fn runs(m: &Meta, table: &[u64], words: usize) -> Vec<(u64, u64)> {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for (first, n) in table.chunks_exact(words).filter_map(|w| m.clusters_of(Entry { desc: w[0], bitmap: 0 }))
+    {
+        match runs.last_mut() {
+            Some(last) if last.0 + last.1 == first => last.1 += n,
+            _ => runs.push((first, n)),
+        }
+    }
+    runs
+}
+
 impl Qcow2 {
     /// The snapshots.
     ///
@@ -124,10 +137,8 @@ impl Qcow2 {
         let (cluster, words) = (self.shape.cluster, m.header.l2_words());
         for entry in l1.iter().map(|e| e & OFFSET).filter(|o| *o != 0) {
             let table = read_words(&self.file, entry, (cluster / 8) as usize)?;
-            for desc in table.chunks_exact(words).map(|w| w[0]) {
-                if let Some((first, n)) = m.clusters_of(Entry { desc, bitmap: 0 }) {
-                    m.adjust(first, n, delta, &self.file)?;
-                }
+            for (first, n) in runs(m, &table, words) {
+                m.adjust(first, n, delta, &self.file)?;
             }
             m.adjust(entry / cluster, 1, delta, &self.file)?;
         }
@@ -148,18 +159,23 @@ impl Qcow2 {
                 m.l1[i] = right;
                 m.l1_dirty.insert(i);
             }
+            // The entries that can have the flag, then their clusters' refcounts, a run at a time.
+            let Some(t) = m.table(i as u64, &self.file)? else { continue };
             let count = (self.shape.cluster / 8) as usize / words;
-            for e in 0..count {
-                let desc = m.table(i as u64, &self.file)?.map_or(0, |t| t.word(e * words));
-                if desc & COMPRESSED != 0 || desc & OFFSET == 0 || self.shape.external {
-                    continue;
-                }
-                let alone = m.refcount((desc & OFFSET) / self.shape.cluster, &self.file)? == 1;
+            let entries: Vec<(usize, u64)> = (0..count)
+                .map(|e| (e * words, t.word(e * words)))
+                .filter(|(_, desc)| desc & COMPRESSED == 0 && desc & OFFSET != 0 && !self.shape.external)
+                .collect();
+            let mut alone = Vec::with_capacity(entries.len());
+            let place = |(_, desc): &(usize, u64)| (desc & OFFSET) / self.shape.cluster;
+            for run in entries.chunk_by(|a, b| place(a) + 1 == place(b)) {
+                m.refcounts(place(&run[0]), run.len() as u64, &self.file, |n| alone.push(n == 1))?;
+            }
+            let Some(t) = m.table(i as u64, &self.file)? else { continue };
+            for ((word, desc), alone) in entries.into_iter().zip(alone) {
                 let right = desc & !COPIED | if alone { COPIED } else { 0 };
-                if right != desc
-                    && let Some(t) = m.table(i as u64, &self.file)?
-                {
-                    t.set_word(e * words, right);
+                if right != desc {
+                    t.set_word(word, right);
                 }
             }
             self.note(m);
@@ -257,12 +273,8 @@ impl Qcow2 {
         for entry in m.l1.clone().iter().map(|e| e & OFFSET).filter(|o| *o != 0) {
             highest = highest.max(m.refcount(entry / cluster, &self.file)?);
             let table = read_words(&self.file, entry, (cluster / 8) as usize)?;
-            for desc in table.chunks_exact(words).map(|w| w[0]) {
-                if let Some((first, n)) = m.clusters_of(Entry { desc, bitmap: 0 }) {
-                    for c in first..first + n {
-                        highest = highest.max(m.refcount(c, &self.file)?);
-                    }
-                }
+            for (first, n) in runs(&m, &table, words) {
+                m.refcounts(first, n, &self.file, |count| highest = highest.max(count))?;
             }
         }
         Ok(highest)
