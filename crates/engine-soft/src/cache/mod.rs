@@ -213,6 +213,8 @@ pub struct BlockCache {
     young_ops: usize,
     /// Those blocks of `blocks` (and `replaced`) whose ops are there.
     pub(crate) kept: Kept,
+    /// Room for ops.
+    scratch: Cell<Vec<Op>>,
     /// Blocks decoded so far.
     pub decoded: u64,
     /// Under which context the block found last was remembered.
@@ -237,6 +239,7 @@ impl Default for BlockCache {
             ops: 0,
             young_ops: 0,
             kept: Kept::default(),
+            scratch: Cell::default(),
             decoded: 0,
             context: 0,
         }
@@ -496,7 +499,7 @@ impl Cpu {
             let head: [u8; 15] = unsafe { ops::copy(host.add(offset as usize), left) };
             return self.decode_crossing(lin, gpa, &head[..left], stamp, limit, transient);
         }
-        let block = Block::new(run.ops.into(), run.bytes as u16, self.block_key(gpa), stamp, None);
+        let block = Block::new(run.ops, run.bytes as u16, self.block_key(gpa), stamp, None);
         Ok(self.keep(block, transient))
     }
 

@@ -5,6 +5,7 @@ use super::Block;
 use crate::cpu::Cpu;
 use crate::decode::{self, Fetched, Op, op_flags};
 use crate::hash::mix;
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::ptr;
 
@@ -104,11 +105,31 @@ impl Kept {
 
 /// What [`Cpu::decode_run`] found.
 pub(super) struct Run {
-    pub ops: Vec<Op>,
+    pub ops: Box<[Op]>,
     /// Bytes that they take.
     pub bytes: usize,
     /// There are none, because the bytes end inside the first instruction.
     pub cut: bool,
+}
+
+/// Room for the ops of a block that is being decoded, which goes back to where it is from.
+struct Scratch<'a> {
+    ops: Vec<Op>,
+    from: &'a Cell<Vec<Op>>,
+}
+
+impl Scratch<'_> {
+    fn take(from: &Cell<Vec<Op>>) -> Scratch<'_> {
+        let mut ops = from.take();
+        ops.clear();
+        Scratch { ops, from }
+    }
+}
+
+impl Drop for Scratch<'_> {
+    fn drop(&mut self) {
+        self.from.set(std::mem::take(&mut self.ops));
+    }
 }
 
 impl Cpu {
@@ -136,7 +157,7 @@ impl Cpu {
         if !b.is_fresh() || run.ops.len() != b.count() {
             return None;
         }
-        b.held.set(Box::into_raw(run.ops.into_boxed_slice()).cast());
+        b.held.set(Box::into_raw(run.ops).cast());
         self.cache.kept.add(b);
         Some(())
     }
@@ -162,7 +183,8 @@ impl Cpu {
     fn decode_bytes(&self, bytes: &[u8], gpa: u64, most: usize) -> (Run, bool) {
         let first = (gpa & 0xfff) as usize;
         let mut decoder = decode::decoder(bytes, first as u64, self.mode, self.decode_options);
-        let mut ops: Vec<Op> = Vec::with_capacity(16);
+        let mut scratch = Scratch::take(&self.cache.scratch);
+        let ops = &mut scratch.ops;
         let mut used = 0;
         while ops.len() < most {
             let off = decoder.position();
@@ -177,7 +199,7 @@ impl Cpu {
                         op.flags & op_flags::END != 0 || i.flow_control() != iced_x86::FlowControl::Next;
                     ops.push(op);
                     if last {
-                        return (Run { ops, bytes: used, cut: false }, true);
+                        return (Run { ops: ops.as_slice().into(), bytes: used, cut: false }, true);
                     }
                 }
                 Fetched::TooLong => {
@@ -185,15 +207,15 @@ impl Cpu {
                         decode::lower(&iced_x86::Instruction::default(), &[], at, self.mode, &self.features);
                     op.run = decode::too_long;
                     ops.push(op);
-                    return (Run { ops, bytes: bytes.len(), cut: false }, true);
+                    return (Run { ops: ops.as_slice().into(), bytes: bytes.len(), cut: false }, true);
                 }
                 Fetched::Incomplete => {
                     let cut = ops.is_empty();
-                    return (Run { ops, bytes: used, cut }, false);
+                    return (Run { ops: ops.as_slice().into(), bytes: used, cut }, false);
                 }
             }
         }
-        (Run { ops, bytes: used, cut: false }, true)
+        (Run { ops: ops.as_slice().into(), bytes: used, cut: false }, true)
     }
 }
 

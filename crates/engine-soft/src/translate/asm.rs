@@ -51,7 +51,50 @@ pub struct Code {
 #[must_use]
 pub struct Hole(pub usize);
 
+/// Holes that are filled with the same; mostly one or two.
+#[derive(Default)]
+pub struct Holes {
+    few: [Option<Hole>; 2],
+    more: Vec<Hole>,
+}
+
+impl Holes {
+    /// Add one.
+    pub fn push(&mut self, hole: Hole) {
+        match self.few.iter_mut().find(|h| h.is_none()) {
+            Some(free) => *free = Some(hole),
+            None => self.more.push(hole),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.few[0].is_none()
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = Hole> {
+        self.few.iter().flatten().chain(&self.more).copied()
+    }
+}
+
+impl<const N: usize> From<[Hole; N]> for Holes {
+    fn from(list: [Hole; N]) -> Holes {
+        let mut all = Holes::default();
+        list.into_iter().for_each(|hole| all.push(hole));
+        all
+    }
+}
+
 impl Code {
+    /// Nothing, with the memory that this had.
+    pub fn emptied(mut self) -> Code {
+        self.bytes.clear();
+        self.marks.clear();
+        self.split = None;
+        self
+    }
+
     /// Bytes so far.
     pub fn at(&self) -> usize {
         self.bytes.len()

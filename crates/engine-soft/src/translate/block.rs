@@ -1,6 +1,7 @@
 //! One block: from guest instructions to host code.
 
-use super::asm::{Address, Code, Hole, SP, T0, T1};
+use super::asm::{Address, Code, Hole, Holes, SP, T0, T1};
+use super::buffers::{Buffers, Source, emptied};
 pub(super) use super::choose::How;
 use super::choose::{alignment, condition, how, writes_memory};
 use super::control::{Out, context_at};
@@ -28,6 +29,7 @@ const AHEAD: usize = 64;
 
 pub(super) struct Emit<'a> {
     pub(super) c: Code,
+    pub(super) buffers: &'a mut Buffers,
     pub(super) base: usize,
     pub(super) stubs: &'a Stubs,
     encoder: &'a mut Encoder,
@@ -70,7 +72,7 @@ pub(super) struct Emit<'a> {
     /// What of the vector state the block needs ([`live`]).
     vectors: u8,
     /// From where the block's beginning goes if that is not live, and where it goes on.
-    dead_vectors: Option<(Vec<Hole>, usize)>,
+    dead_vectors: Option<(Holes, usize)>,
     /// Offset in code memory of the piece's first byte.
     start: usize,
     /// The same of what seldom executes, and its address.
@@ -109,16 +111,25 @@ impl Cpu {
         if !b.one_page() {
             return self.translate_crossing(b);
         }
+        let Some(t) = self.translator.as_mut() else { return false };
+        let mut source = std::mem::take(&mut t.buffers.source);
+        let done = self.translate_page(b, &mut source);
+        if let Some(t) = self.translator.as_mut() {
+            t.buffers.source = source;
+        }
+        done
+    }
+
+    /// Translate a block that lies in one page.
+    fn translate_page(&mut self, b: &Block, source: &mut Source) -> bool {
         let Some((slot, offset)) = self.mmu.ram.find(b.gpa()) else { return false };
         // SAFETY: the offset lies in the mapping.
         let (host, first) = unsafe { (slot.host.add(offset as usize), b.first() as usize) };
-        let bytes: Vec<u8> = {
-            // One whose second page is no RAM is not to be had.
-            let mut bytes = vec![0; usize::from(b.bytes).min(0x1000 - first)];
-            // SAFETY: the block lies in one RAM page.
-            unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
-            bytes
-        };
+        let Source { bytes, instructions } = source;
+        // One whose second page is no RAM is not to be had.
+        bytes.resize(usize::from(b.bytes).min(0x1000 - first), 0);
+        // SAFETY: the block lies in one RAM page.
+        unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
         let Some(ops) = self.ops_of(b) else { return false };
         // SAFETY: no other ops are had back, and no block gets a translation, until this one has it.
         let ops = unsafe { &*ops };
@@ -127,8 +138,8 @@ impl Cpu {
             self.drop_translations();
             return false;
         }
-        let mut decoder = decode::decoder(&bytes, b.first(), self.mode, self.decode_options);
-        let mut instructions = Vec::with_capacity(b.count());
+        let mut decoder = decode::decoder(bytes, b.first(), self.mode, self.decode_options);
+        instructions.clear();
         for _ in ops {
             match decode::next(&mut decoder) {
                 Fetched::Instruction(i) => instructions.push(i),
@@ -156,12 +167,12 @@ impl Cpu {
             }
             None => ALL,
         };
-        let code = emit.block(ops, &instructions, look);
+        let code = emit.block(ops, instructions, look);
         // The same of what it leads to.
         if !b.is_fresh() {
             return false;
         }
-        t.add(b, &code);
+        t.add(b, code);
         true
     }
 
@@ -201,7 +212,7 @@ impl Cpu {
         emit.guard(&[(word, value)], context_at, context, None);
         debug_assert_eq!(emit.c.bytes[crossing::CONTEXT..][..4], (context as u32).to_le_bytes());
         let code = emit.block(ops, &[i], |_| ALL);
-        t.add(b, &code);
+        t.add(b, code);
         b.guarded.set(true);
         true
     }
@@ -305,7 +316,7 @@ impl Translator {
     }
 
     /// Put the code of `b` in force.
-    pub(super) fn add(&mut self, b: &Block, code: &Code) {
+    pub(super) fn add(&mut self, b: &Block, code: Code) {
         let (hot, cold) = code.parts();
         let start = self.used;
         self.memory.write(start, hot);
@@ -329,17 +340,30 @@ impl Translator {
         crate::perf_map::note(self.memory.address(start), hot.len(), || {
             format!("guest {:#x}+{:#x}", b.gpa(), b.bytes)
         });
+        self.buffers.code = code.emptied();
     }
 }
 
 impl<'a> Emit<'a> {
     pub(super) fn new(t: &'a mut Translator, b: &Block) -> Emit<'a> {
         let number = t.name(b);
-        let Translator { memory, used, cold_used, stubs, encoder, info, links, fast_pext, recall, .. } = t;
+        let Translator {
+            memory,
+            used,
+            cold_used,
+            stubs,
+            encoder,
+            info,
+            links,
+            fast_pext,
+            recall,
+            buffers,
+            ..
+        } = t;
         let probing = recall.probing(b.key());
         let start = *used;
         Emit {
-            c: Code::default(),
+            c: std::mem::take(&mut buffers.code),
             base: memory.address(start),
             stubs,
             encoder,
@@ -357,14 +381,15 @@ impl<'a> Emit<'a> {
             fresh: false,
             n: 0,
             here: 0,
-            hows: Vec::new(),
-            wanted: Vec::new(),
-            uses: Vec::new(),
-            touches: Vec::new(),
-            slow: Vec::new(),
+            hows: emptied(&mut buffers.hows),
+            wanted: emptied(&mut buffers.wanted),
+            uses: emptied(&mut buffers.uses),
+            touches: emptied(&mut buffers.touches),
+            slow: emptied(&mut buffers.slow),
             group: None,
-            outs: Vec::new(),
-            later: Vec::new(),
+            outs: emptied(&mut buffers.outs),
+            later: emptied(&mut buffers.later),
+            buffers,
             vectors: 0,
             dead_vectors: None,
             start,
@@ -384,7 +409,7 @@ impl<'a> Emit<'a> {
         context: u64,
         page: Option<i32>,
     ) {
-        let mut failed = Vec::new();
+        let mut failed = Holes::default();
         for &(word, value) in stamps {
             self.c.imm64(T1, word as u64);
             self.c.raw(&[0x41, 0x81, 0x3e]); // cmp dword [r14]
@@ -424,17 +449,13 @@ impl Emit<'_> {
     }
 
     fn block(mut self, ops: &[Op], instructions: &[Instruction], look: impl Fn(i64) -> u32) -> Code {
-        self.hows = instructions.iter().zip(ops).map(|(i, op)| how(i, op)).collect();
+        self.hows.extend(instructions.iter().zip(ops).map(|(i, op)| how(i, op)));
         let next = ops.last().map_or(0, |op| i64::from(op.off) + i64::from(op.len));
-        self.wanted = wanted_after(instructions, &self.hows, ops, next, look);
-        self.uses = instructions.iter().map(|i| registers(i, self.info)).collect();
-        self.touches = instructions
-            .iter()
-            .zip(ops)
-            .map(|(i, op)| {
-                op.flags & op_flags::MEM != 0 || i.is_stack_instruction() || i.is_string_instruction()
-            })
-            .collect();
+        wanted_after(instructions, &self.hows, ops, next, look, &mut self.wanted);
+        self.uses.extend(instructions.iter().map(|i| registers(i, self.info)));
+        self.touches.extend(instructions.iter().zip(ops).map(|(i, op)| {
+            op.flags & op_flags::MEM != 0 || i.is_stack_instruction() || i.is_string_instruction()
+        }));
         for (i, how) in instructions.iter().zip(&self.hows) {
             if let How::Vector { .. } = how {
                 self.vectors |= vector_needs(i);
@@ -481,7 +502,7 @@ impl Emit<'_> {
         self.emit_later();
         self.begin_cold();
         if let Some((missing, back)) = self.dead_vectors.take() {
-            for hole in missing {
+            for hole in missing.iter() {
                 self.c.land(hole);
             }
             self.make_live(ops.first().map_or(0, |op| op.off.into()));
@@ -490,7 +511,7 @@ impl Emit<'_> {
         }
         self.emit_slow();
         self.emit_outs();
-        self.c
+        self.finish()
     }
 
     /// The base of the group that the instruction at hand belongs to.
@@ -528,7 +549,7 @@ impl Emit<'_> {
         // The state of registers comes with either of the others.
         let both = self.vectors & (live::AVX | live::MXCSR);
         let bits = if both == 0 { self.vectors } else { both };
-        let mut missing = Vec::new();
+        let mut missing = Holes::default();
         for bit in [live::SSE, live::AVX, live::MXCSR].into_iter().filter(|b| bits & b != 0) {
             self.c.test_cpu8(LIVE, bit);
             missing.push(self.c.jcc(4));
@@ -667,7 +688,8 @@ impl Emit<'_> {
         let mut new = *i;
         let mut miss = None;
         // Within a group the second scratch register is not free, and nothing clobbers flags.
-        let mut temps = if self.group.is_some() { vec![T0] } else { vec![T0, T1] };
+        let mut temps: &[u8] = if self.group.is_some() { &[T0] } else { &[T0, T1] };
+        let spare;
         if memory {
             if self.group.is_none() {
                 self.spare_flags();
@@ -685,7 +707,8 @@ impl Emit<'_> {
                 _ => 8,
             });
             new.set_segment_prefix(Register::None);
-            temps = vec![o.spare];
+            spare = [o.spare];
+            temps = &spare;
             miss = o.miss.map(|miss| (miss, lost));
         }
         // What it does not set must be there already, and what it reads as well.
@@ -710,10 +733,13 @@ impl Emit<'_> {
                 continue;
             }
             let known = pinned(guest).or_else(|| homes.iter().find(|h| h.0 == guest).map(|h| h.1));
-            let Some(at) = known.or_else(|| temps.pop()) else {
+            let Some(at) = known.or(temps.last().copied()) else {
                 fits = false;
                 break;
             };
+            if known.is_none() {
+                temps = &temps[..temps.len() - 1];
+            }
             if known.is_none() {
                 if regs.reads & 1 << guest != 0 {
                     self.c.load_cpu(at, reg_at(guest));

@@ -7,7 +7,7 @@
 //! Every circle of blocks passes a poll: backward jumps, calls and look-ups have one.
 
 use super::Link;
-use super::asm::{Address, Hole, SP, T0, T1};
+use super::asm::{Address, Hole, Holes, SP, T0, T1};
 use super::block::Emit;
 use super::memory::Wanted;
 use super::stubs::{BUDGET, CONTEXT, GLOBAL_CONTEXT, RELINK, RIP_AT};
@@ -37,7 +37,7 @@ pub(super) mod guard {
 /// A way out of a block's straight line.
 pub(super) struct Out {
     /// From these jumps.
-    from: Vec<Hole>,
+    from: Holes,
     /// To what lies so far from the beginning of the page.
     to: i64,
     why: Why,
@@ -56,7 +56,7 @@ enum Why {
 
 impl Out {
     /// To the interpreter, for what lies `to` bytes from the page's beginning.
-    pub(super) fn interpret(from: Vec<Hole>, to: i64) -> Out {
+    pub(super) fn interpret(from: Holes, to: i64) -> Out {
         Out { from, to, why: Why::Interpret }
     }
 }
@@ -67,7 +67,7 @@ impl Emit<'_> {
         self.c.decrement_cpu(BUDGET);
         let exhausted = self.c.jcc(8);
         let back = self.c.at();
-        self.outs.push(Out { from: vec![exhausted], to, why: Why::Poll(back) });
+        self.outs.push(Out { from: [exhausted].into(), to, why: Why::Poll(back) });
     }
 
     /// Go to what lies `to` bytes from the page's beginning. Flags are where the next block expects them; host flags are free.
@@ -94,7 +94,7 @@ impl Emit<'_> {
 
     fn link_within(&mut self, hole: Hole, to: i64) {
         let link = self.add_link(Link::within(self.memory_offset(hole.0), self.page));
-        self.outs.push(Out { from: vec![hole], to, why: Why::Link(link) });
+        self.outs.push(Out { from: [hole].into(), to, why: Why::Link(link) });
     }
 
     fn add_link(&mut self, link: Link) -> u32 {
@@ -131,8 +131,8 @@ impl Emit<'_> {
             (guard::SKIP, guard::JUMP, guard::END)
         );
         let link = self.add_link(Link::guarded(self.memory_offset(start)));
-        self.outs.push(Out { from: vec![skip], to, why: Why::Link(link) });
-        self.outs.push(Out { from: vec![stale, elsewhere], to, why: Why::Guard(link) });
+        self.outs.push(Out { from: [skip].into(), to, why: Why::Link(link) });
+        self.outs.push(Out { from: [stale, elsewhere].into(), to, why: Why::Guard(link) });
     }
 
     /// Go to the guest address in [`T0`].
@@ -162,8 +162,9 @@ impl Emit<'_> {
     /// The pieces that jumps out of the straight line lead to.
     pub(super) fn emit_outs(&mut self) {
         let base = self.base;
-        for out in std::mem::take(&mut self.outs) {
-            for &hole in &out.from {
+        let outs = std::mem::take(&mut self.outs);
+        for out in &outs {
+            for hole in out.from.iter() {
                 self.c.land(hole);
             }
             if let Why::Guard(_) = out.why {
@@ -189,6 +190,7 @@ impl Emit<'_> {
                 }
             }
         }
+        self.outs = outs;
     }
 
     /// The guest's return address goes to its stack; it is also in [`T0`].

@@ -41,18 +41,14 @@ struct Access {
 
 /// How many general registers that live in memory `i` names.
 fn homed(i: &Instruction) -> usize {
-    let mut seen: Vec<u8> = Vec::new();
+    let mut seen = 0u32;
     for n in 0..i.op_count() {
         let r = i.op_register(n);
-        if i.op_kind(n) == OpKind::Register
-            && r.is_gpr()
-            && pinned(number(r)).is_none()
-            && !seen.contains(&number(r))
-        {
-            seen.push(number(r));
+        if i.op_kind(n) == OpKind::Register && r.is_gpr() && pinned(number(r)).is_none() {
+            seen |= 1 << number(r);
         }
     }
-    seen.len()
+    seen.count_ones() as usize
 }
 
 /// The operand of `i` if a group can hold it. `moved` is how far the stack pointer is from where the group began.

@@ -51,8 +51,8 @@ impl Cpu {
         }
         let mut emit = Emit::new(t, b);
         emit.here = op.off.into();
-        emit.hows = vec![How::Call];
-        emit.wanted = vec![ALL];
+        emit.hows.push(How::Call);
+        emit.wanted.push(ALL);
         emit.guard(&stamps, at, context, Some(named));
         match meaning {
             Meaning::Return => emit.ret(i, op),
@@ -61,8 +61,8 @@ impl Cpu {
         emit.begin_cold();
         emit.emit_slow();
         emit.emit_outs();
-        let code = emit.c;
-        t.add(b, &code);
+        let code = emit.finish();
+        t.add(b, code);
         b.guarded.set(true);
         Some(true)
     }

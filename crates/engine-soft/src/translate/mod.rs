@@ -14,6 +14,7 @@
 mod asm;
 mod bits;
 mod block;
+mod buffers;
 mod choose;
 mod control;
 mod divide;
@@ -169,6 +170,7 @@ pub struct Translator {
     encoder: iced_x86::Encoder,
     info: iced_x86::InstructionInfoFactory,
     links: Vec<Link>,
+    buffers: buffers::Buffers,
     /// Blocks by number.
     named: Vec<*const Block>,
     recall: recall::Recall,
@@ -237,6 +239,7 @@ impl Translator {
             encoder: iced_x86::Encoder::new(64),
             info: iced_x86::InstructionInfoFactory::new(),
             links: Vec::new(),
+            buffers: buffers::Buffers::default(),
             named: Vec::new(),
             recall: recall::Recall::new(),
             fast_pext: fast_pext(),

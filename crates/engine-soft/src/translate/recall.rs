@@ -5,7 +5,7 @@
 //! stub, and the place takes that page over. Those that seldom find the same page again probe the TLB instead, once somebody has noticed
 //! ([`Cpu::reconsider`]): their block is translated anew.
 
-use super::asm::{Address, Code, Hole, SP, T0, T1, TLB};
+use super::asm::{Address, Code, Hole, Holes, SP, T0, T1, TLB};
 use super::block::Emit;
 use super::memory::{Operand, Wanted};
 use super::stubs::{MISSING, Saved};
@@ -215,12 +215,14 @@ impl Emit<'_> {
     }
 
     /// What a miss of a place leads to; from the holes it goes on to what cannot be done at once.
-    pub(super) fn emit_recalled(&mut self, r: Recalled) -> Vec<Hole> {
-        let mut slow = Vec::new();
+    pub(super) fn emit_recalled(&mut self, r: Recalled) -> Holes {
+        let mut slow = Holes::default();
         if let Some(ea) = r.ea {
             self.linear(ea);
         }
-        slow.extend(self.misaligned(r.wanted));
+        if let Some(hole) = self.misaligned(r.wanted) {
+            slow.push(hole);
+        }
         self.c.raw(&[0x68]); // push
         self.c.raw(&(r.id | (r.wanted.size.max(1) as u32 - 1) << 24).to_le_bytes());
         let (base, to) =

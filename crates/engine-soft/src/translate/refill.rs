@@ -1,6 +1,6 @@
 //! Misses of the TLB: its entry is made, and the access tried again. Only what that does not help goes to the op's handler.
 
-use super::asm::{Address, Code, Hole, T0, T1};
+use super::asm::{Address, Code, Hole, Holes, T0, T1};
 use super::block::Emit;
 use super::memory::Wanted;
 use super::refill_tlb;
@@ -30,10 +30,12 @@ impl Refill {
 
 impl Emit<'_> {
     /// What a probe's miss leads to; from the holes it goes on to what that does not help.
-    pub(super) fn emit_refill(&mut self, r: Refill) -> Vec<Hole> {
-        let mut slow = Vec::new();
+    pub(super) fn emit_refill(&mut self, r: Refill) -> Holes {
+        let mut slow = Holes::default();
         self.linear(r.ea);
-        slow.extend(self.misaligned(r.wanted));
+        if let Some(hole) = self.misaligned(r.wanted) {
+            slow.push(hole);
+        }
         self.c.raw(&[0x6a, (r.wanted.size.max(1) - 1) as u8]); // push
         let (base, to) =
             (self.base, if r.wanted.write { self.stubs.refill_write } else { self.stubs.refill_read });

@@ -1,7 +1,7 @@
 //! What the ops' handlers do: instructions that have no host form, and accesses that the host cannot make at once.
 
 use super::OpName;
-use super::asm::{T0, T1};
+use super::asm::{Holes, T0, T1};
 use super::block::Emit;
 use super::choose::How;
 use super::memory::{Miss, Remedy};
@@ -59,14 +59,15 @@ impl Emit<'_> {
 
     /// The slow paths of memory accesses.
     pub(super) fn emit_slow(&mut self) {
-        for s in std::mem::take(&mut self.slow) {
+        let slow = std::mem::take(&mut self.slow);
+        for s in &slow {
             self.c.land(s.from.from);
             let further = match s.from.remedy {
                 Some(Remedy::Recall(r)) => self.emit_recalled(r),
                 Some(Remedy::Refill(r)) => self.emit_refill(r),
-                None => Vec::new(),
+                None => Holes::default(),
             };
-            for hole in further {
+            for hole in further.iter() {
                 self.c.land(hole);
             }
             if let Some(p) = s.lost {
@@ -81,5 +82,6 @@ impl Emit<'_> {
             let back = self.c.jmp();
             self.c.fill(back, s.back);
         }
+        self.slow = slow;
     }
 }

@@ -38,14 +38,15 @@ pub(super) fn registers(i: &Instruction, info: &mut InstructionInfoFactory) -> R
     all
 }
 
-/// For each instruction the flags that are read after it.
+/// For each instruction the flags that are read after it, into `wanted`, which is empty.
 pub(super) fn wanted_after(
     instructions: &[Instruction],
     hows: &[How],
     ops: &[Op],
     next: i64,
     look: impl Fn(i64) -> u32,
-) -> Vec<u32> {
+    wanted: &mut Vec<u32>,
+) {
     let mut live = match (hows.last(), ops.last()) {
         (Some(How::Jump), Some(op)) => look(op.imm as i64),
         (Some(How::Conditional), Some(op)) => look(op.imm as i64) | look(next),
@@ -53,7 +54,7 @@ pub(super) fn wanted_after(
         (Some(How::Call | How::Return | How::JumpIndirect | How::CallIndirect), _) | (None, _) => ALL,
         _ => look(next),
     };
-    let mut wanted = vec![0; instructions.len()];
+    wanted.resize(instructions.len(), 0);
     for n in (0..instructions.len()).rev() {
         wanted[n] = live;
         let u = flags::of(&instructions[n]);
@@ -85,7 +86,6 @@ pub(super) fn wanted_after(
             live = ALL;
         }
     }
-    wanted
 }
 
 /// What of the vector state an instruction needs.
