@@ -78,7 +78,11 @@ pub struct Networks {
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> NetError {
-    NetError::host(path.display().to_string())
+    let what = path.display().to_string();
+    move |e| match e.kind() {
+        ErrorKind::PermissionDenied => NetError::advise(what, "; run as root")(e),
+        _ => NetError::host(what)(e),
+    }
 }
 
 impl Networks {

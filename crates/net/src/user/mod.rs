@@ -66,7 +66,7 @@ pub enum UserError {
         source: io::Error,
     },
     /// The capture file cannot be had.
-    #[error("dump={path}: {source}")]
+    #[error("dump={path}: {source}; name a file in a folder that is there and that you may write to")]
     Dump {
         /// The file.
         path: String,

@@ -67,7 +67,7 @@ impl Guest {
         let cache = ringfort_guest::cache_dir().map_err(words)?;
         let test = ringfort_guest::ensure_test(&cache, &mut Lines).map_err(words)?;
         let debs = ringfort_guest::ensure_mirror(&cache, &["iperf3"], &mut Lines).map_err(words)?;
-        let scratch = std::env::temp_dir().join(format!("ringfort-bench-net-{}", std::process::id()));
+        let scratch = super::leftovers::folder();
         let guest = Guest {
             kernel: test.kernel.clone(),
             initrd: scratch.join("initrd"),

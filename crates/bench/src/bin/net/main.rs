@@ -7,6 +7,7 @@
 
 mod alone;
 mod guest;
+mod leftovers;
 mod tap;
 mod vm;
 
@@ -93,6 +94,9 @@ struct Report {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.far_end.is_none() && !cli.inside {
+        leftovers::remove();
+    }
     let done = match &cli.far_end {
         Some(kind) => far_end(kind),
         None if cli.tap && !cli.inside => tap::run_inside(),
@@ -169,7 +173,10 @@ fn table(report: &Report) -> String {
             if r.reached { "" } else { "  missed" }
         );
     }
-    text += &format!("\n{:34} {:>10} {:>18}\n", "NAT alone, MTU 1500, offloads", "Gbit/s", "Gbit/s per core");
+    if !report.alone.is_empty() {
+        text +=
+            &format!("\n{:34} {:>10} {:>18}\n", "NAT alone, MTU 1500, offloads", "Gbit/s", "Gbit/s per core");
+    }
     for r in &report.alone {
         let missed = if r.per_core < r.wanted { "  missed" } else { "" };
         text +=

@@ -28,7 +28,7 @@ fn run(words: &str) -> Result<(), String> {
 
 /// Run this program again, in a namespace with a tap whose host end is 10.0.2.2.
 pub fn run_inside() -> Result<(), String> {
-    let ns = Namespace(format!("rf-bench-{}", std::process::id()));
+    let ns = Namespace(super::leftovers::namespace());
     run(&format!("ip netns add {}", ns.0))?;
     for words in [
         "link set lo up".to_owned(),
