@@ -1,3 +1,5 @@
+mod races;
+
 use super::*;
 use crate::format::qcow2::{CreateOptions, create};
 use crate::node::{Fault, Faulty, Joint, Throttle, ThrottleConfig, Throttled};
