@@ -204,6 +204,11 @@ fn list(networks: &Networks, json: bool) -> Result<(), NetError> {
         print_json(&all);
         return Ok(());
     }
+    for name in networks.left_behind()? {
+        eprintln!(
+            "ringfort: network {name}: its keeper was killed; `ringfort net recover` removes what is left of it"
+        );
+    }
     for b in bridges(ringfort_net::tap::left_behind())? {
         eprintln!(
             "ringfort: bridge {}: its last guest was killed; `ringfort net recover` removes it",

@@ -117,6 +117,25 @@ fn two_guests_on_a_managed_network_reach_each_other_and_the_world_and_nothing_is
         all.stdout.is_empty()
     });
     assert_eq!(host.run("cat /proc/sys/net/ipv4/ip_forward"), forwarding);
+
+    // The watcher as well: what is left is named, and removed on request.
+    net("start lab");
+    let listed: serde_json::Value = serde_json::from_str(&net("list --json")).expect("JSON");
+    let pid = listed.as_array().and_then(|a| a.iter().find_map(|n| n["pid"].as_u64())).expect("a keeper");
+    host.run(&format!("kill -STOP {pid}"));
+    // The brackets keep whoever runs this from being meant.
+    host.run(&format!("pkill -KILL -f {}.watch.la[b]", text(&scratch.0)));
+    host.run(&format!("kill -KILL {pid}"));
+    until("the keeper's end", || !Path::new(&format!("/proc/{pid}")).exists());
+    let told = host
+        .command(RINGFORT)
+        .args(["net", "--state-dir", text(&scratch.0), "list"])
+        .output()
+        .expect("ringfort");
+    let told = String::from_utf8_lossy(&told.stderr);
+    assert!(told.contains("network lab: its keeper was killed; `ringfort net recover`"), "{told}");
+    assert_eq!(net("recover"), "network lab\n");
+    assert_eq!(host.traces(), before);
 }
 
 #[test]

@@ -260,6 +260,20 @@ impl Networks {
         Networks::read(&self.state_file(name))
     }
 
+    /// Networks that were up when their keepers and watchers were killed, of which something may be left ([`Networks::recover`]).
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn left_behind(&self) -> Result<Vec<String>, NetError> {
+        let mut left = Vec::new();
+        for name in Networks::names(&self.running, "")? {
+            if self.state_file(&name).exists() && !self.is_kept(&name)? {
+                left.push(name);
+            }
+        }
+        Ok(left)
+    }
+
     /// Remove what is left of networks whose keepers were killed. Gives their names.
     ///
     /// # Errors
