@@ -1,7 +1,7 @@
 //! Copying a disk into another one.
 
 use super::relay::relay;
-use super::{Job, STEP, in_steps};
+use super::{Job, STEP, in_some_steps};
 use crate::format::Qcow2;
 use crate::{BlockBackend, SharedSlice, SharedSliceMut};
 use std::io;
@@ -61,18 +61,27 @@ pub fn copy(
     };
     let c = Copy { source, target, options, cluster, order: Mutex::new(()) };
     let (size, threads) = (source.size(), options.threads);
+    // Whether to stop is asked with the next piece.
+    let skip = |at| {
+        let to = c.after_nothing(at, size);
+        if to > at {
+            let _ = job.advance(to - at, 0);
+        }
+        to
+    };
     match target {
         Target::Plain(disk) if disk.writes_are_cached() => relay(
             size,
             STEP,
             threads,
+            &skip,
             |at, buffer| c.fill(at, buffer),
             |at, buffer, piece| {
                 c.write(at, buffer, &piece)?;
                 job.advance(buffer.len() as u64, piece.moved)
             },
         ),
-        _ => in_steps(size, STEP, threads, |at, buffer| {
+        _ => in_some_steps(size, STEP, threads, &skip, |at, buffer| {
             let piece = c.fill(at, buffer)?;
             c.write(at, buffer, &piece)?;
             job.advance(buffer.len() as u64, piece.moved)
@@ -167,6 +176,30 @@ impl Copy<'_> {
         Ok((s.len, kind))
     }
 
+    /// The first piece from `at` on of which something may have to be written: a huge disk that holds little takes as
+    /// long as what it holds.
+    fn after_nothing(&self, mut at: u64, size: u64) -> u64 {
+        // Not for ever: between pieces it is asked whether to stop.
+        for _ in 0..1024 {
+            if at >= size {
+                break;
+            }
+            // An error is told when the piece is read.
+            let Ok((n, kind)) = self.kind(at, size - at) else { break };
+            let nothing = match kind {
+                Kind::Below => true,
+                Kind::Zero => self.options.sparse > 0 && self.left_as_it_is(at),
+                Kind::Data => false,
+            };
+            let whole = if at + n == size { n } else { n / STEP * STEP };
+            if !nothing || whole == 0 {
+                break;
+            }
+            at += whole;
+        }
+        at
+    }
+
     fn read(&self, part: &mut [u8], at: u64) -> io::Result<()> {
         let Err(e) = self.source.read_at(&[SharedSliceMut::new(part)], at) else { return Ok(()) };
         let Some(tell) = self.options.salvage else { return Err(e) };
@@ -181,8 +214,13 @@ impl Copy<'_> {
         Ok(())
     }
 
+    /// Zeroes from `at` on need no write.
+    fn left_as_it_is(&self, at: u64) -> bool {
+        self.options.blank && self.options.backed.is_none_or(|b| at >= b)
+    }
+
     fn zeroes(&self, at: u64, len: u64) -> io::Result<()> {
-        if self.options.blank && self.options.backed.is_none_or(|b| at >= b) {
+        if self.left_as_it_is(at) {
             return Ok(());
         }
         self.target.disk().write_zeroes(at, len, true)
@@ -268,4 +306,51 @@ fn pack_cluster(q: &Qcow2, at: u64, part: &[u8], cluster: usize) -> io::Result<(
 pub fn is_zero(data: &[u8]) -> bool {
     let (words, rest) = data.as_chunks::<64>();
     rest.iter().all(|b| *b == 0) && words.iter().all(|w| *w == [0; 64])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::qcow2::{CreateOptions, create};
+    use crate::storage::tests::{TempDir, read};
+    use crate::{Format, ImageOptions, Status, open_image};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const SIZE: u64 = 16 << 40;
+    const PLACE: u64 = (9 << 40) + 12_345_600;
+
+    fn image(dir: &TempDir, name: &str) -> Arc<dyn BlockBackend> {
+        let path = dir.0.join(name);
+        let storage = crate::storage::NewFile::create(&path).expect("a file");
+        let options = CreateOptions { size: SIZE, ..CreateOptions::default() };
+        create(&storage.storage().expect("opens"), &options).expect("an image");
+        storage.publish().expect("its name");
+        let options = ImageOptions { format: Some(Format::Qcow2), ..ImageOptions::default() };
+        open_image(&path, &options).expect("opens")
+    }
+
+    #[test]
+    fn a_huge_disk_that_holds_little_takes_few_steps() {
+        let dir = TempDir::new();
+        let from = image(&dir, "from.qcow2");
+        from.write_at(&[SharedSlice::new(&[7; 4096])], PLACE).expect("writes");
+        for threads in [1, 4] {
+            let to = image(&dir, &format!("to-{threads}.qcow2"));
+            let steps = AtomicUsize::new(0);
+            let watch = |_, _| {
+                steps.fetch_add(1, Ordering::Relaxed);
+            };
+            let job = Job::new(SIZE, None, Some(&watch));
+            let options = CopyOptions { sparse: 4096, blank: true, backed: None, salvage: None, threads };
+            copy(&*from, Target::Plain(&*to), &options, &job).expect("copies");
+            assert_eq!(job.done(), SIZE);
+            // All pieces of two megabytes would be eight million.
+            let steps = steps.into_inner();
+            assert!(steps < 100, "{steps} steps");
+            assert_eq!(read(&*to, PLACE, 4096), [7; 4096]);
+            let Status { zero, len, .. } = to.status(0, PLACE).expect("looked up");
+            assert!(zero && len > 0);
+        }
+    }
 }

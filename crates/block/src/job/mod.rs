@@ -91,7 +91,10 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Do `step` for every piece of `size` bytes by several threads, until one fails. A step is told where its piece begins
+/// The first piece from a given one on at which there is something to do; the end if there is none.
+type Skip<'a> = &'a (dyn Fn(u64) -> u64 + Sync);
+
+/// Do `work` for every piece of `size` bytes by several threads, until one fails. A step is told where its piece begins
 /// and gets a buffer as long as the piece.
 fn in_steps(
     size: u64,
@@ -99,13 +102,29 @@ fn in_steps(
     threads: usize,
     work: impl Fn(u64, &mut [u8]) -> io::Result<()> + Sync,
 ) -> io::Result<()> {
-    let next = AtomicU64::new(0);
+    in_some_steps(size, step, threads, &|at| at, work)
+}
+
+/// As [`in_steps`] without what `skip` leaves out.
+fn in_some_steps(
+    size: u64,
+    step: u64,
+    threads: usize,
+    skip: Skip<'_>,
+    work: impl Fn(u64, &mut [u8]) -> io::Result<()> + Sync,
+) -> io::Result<()> {
+    let next = Mutex::new(0);
     let failed: Mutex<Option<io::Error>> = Mutex::new(None);
     let stop = AtomicBool::new(false);
     let run = || {
         let mut buffer = vec![0u8; step.min(size) as usize];
         while !stop.load(Ordering::Relaxed) {
-            let at = next.fetch_add(step, Ordering::Relaxed);
+            let at = {
+                let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
+                let at = if *next < size { skip(*next) } else { *next };
+                *next = at.saturating_add(step);
+                at
+            };
             if at >= size {
                 break;
             }

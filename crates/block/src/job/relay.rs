@@ -1,6 +1,6 @@
 //! Reading ahead of a writer: for targets that take one write at a time anyway, such as a file in the host's page cache.
 
-use super::MAX_THREADS;
+use super::{MAX_THREADS, Skip};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,14 +29,15 @@ enum Turn<T> {
     Done,
 }
 
-struct Relay<T> {
+struct Relay<'a, T> {
     size: u64,
     step: u64,
+    skip: Skip<'a>,
     state: Mutex<State<T>>,
     changed: Condvar,
 }
 
-impl<T> Relay<T> {
+impl<T> Relay<'_, T> {
     fn state(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -57,13 +58,17 @@ impl<T> Relay<T> {
                     return Turn::Write(f);
                 }
             }
-            if s.next < self.size
-                && let Some(buffer) = s.free.pop()
-            {
-                let at = s.next;
-                s.next += self.step;
-                s.filling += 1;
-                return Turn::Fill(at, buffer);
+            if s.next < self.size && !s.free.is_empty() {
+                s.next = (self.skip)(s.next);
+                if s.next >= self.size {
+                    // Who waits for a piece may end.
+                    self.changed.notify_all();
+                } else if let Some(buffer) = s.free.pop() {
+                    let at = s.next;
+                    s.next += self.step;
+                    s.filling += 1;
+                    return Turn::Fill(at, buffer);
+                }
             }
             if s.next >= self.size && s.filling == 0 && s.ready.is_empty() {
                 return Turn::Done;
@@ -83,11 +88,12 @@ impl<T> Relay<T> {
 }
 
 /// `fill` every piece of `step` bytes of `size` by several threads, and `write` each by one thread at a time, until
-/// something fails. Both are told where the piece begins; `write` gets what `fill` said of it.
+/// something fails. Both are told where the piece begins; `write` gets what `fill` said of it. What `skip` says is left out.
 pub fn relay<T: Send>(
     size: u64,
     step: u64,
     threads: usize,
+    skip: Skip<'_>,
     fill: impl Fn(u64, &mut [u8]) -> io::Result<T> + Sync,
     write: impl Fn(u64, &[u8], T) -> io::Result<()> + Sync,
 ) -> io::Result<()> {
@@ -101,7 +107,7 @@ pub fn relay<T: Send>(
         writing: false,
         failed: None,
     };
-    let r = Relay { size, step, state: Mutex::new(state), changed: Condvar::new() };
+    let r = Relay { size, step, skip, state: Mutex::new(state), changed: Condvar::new() };
     let run = || {
         loop {
             match r.turn() {
@@ -148,6 +154,7 @@ mod tests {
                 100_003,
                 100,
                 threads,
+                &|at| at,
                 |at, b| {
                     b.fill(at as u8);
                     Ok(at)
@@ -164,7 +171,30 @@ mod tests {
             let want: u64 = (0..1001).map(|i| (i * 100 + 1) * if i == 1000 { 3 } else { 100 }).sum();
             assert_eq!(sum.into_inner(), want);
         }
-        relay(0, 100, 3, |_, _| Ok(()), |_, _, ()| Err(io::ErrorKind::Other.into())).expect("nothing to do");
+        relay(0, 100, 3, &|at| at, |_, _| Ok(()), |_, _, ()| Err(io::ErrorKind::Other.into()))
+            .expect("nothing to do");
+    }
+
+    #[test]
+    fn what_is_skipped_is_neither_read_nor_written() {
+        for threads in [1, 4] {
+            let seen = Mutex::new(Vec::new());
+            // Nothing lies from 300 on to 90000, and nothing after 90200.
+            let skip = |at| match at {
+                300.. if at < 90_000 => 90_000,
+                90_200.. => 100_000,
+                at => at,
+            };
+            let write = |at, _: &[u8], filled| {
+                assert_eq!(at, filled);
+                seen.lock().unwrap().push(at);
+                Ok(())
+            };
+            relay(100_000, 100, threads, &skip, |at, _| Ok(at), write).expect("done");
+            let mut seen = seen.into_inner().unwrap();
+            seen.sort_unstable();
+            assert_eq!(seen, [0, 100, 200, 90_000, 90_100]);
+        }
     }
 
     #[test]
@@ -172,9 +202,9 @@ mod tests {
         for threads in [1, 4] {
             let fails =
                 |bad: bool| if bad { Err(io::Error::from(io::ErrorKind::BrokenPipe)) } else { Ok(()) };
-            let e = relay(1 << 20, 512, threads, |at, _| fails(at == 51_200), |_, _, ()| Ok(()));
+            let e = relay(1 << 20, 512, threads, &|at| at, |at, _| fails(at == 51_200), |_, _, ()| Ok(()));
             assert_eq!(e.expect_err("fails").kind(), io::ErrorKind::BrokenPipe);
-            let e = relay(1 << 20, 512, threads, |_, _| Ok(()), |at, _, ()| fails(at == 51_200));
+            let e = relay(1 << 20, 512, threads, &|at| at, |_, _| Ok(()), |at, _, ()| fails(at == 51_200));
             assert_eq!(e.expect_err("fails").kind(), io::ErrorKind::BrokenPipe);
         }
     }
