@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     /// No such file.
-    #[error("disk image {}: no such file; check the path, or create it (qemu-img create -f raw FILE SIZE)", .0.display())]
+    #[error("disk image {}: no such file; check the path, or create it (ringfort img create -f raw FILE SIZE)", .0.display())]
     NotFound(PathBuf),
     /// A directory was named.
     #[error("disk image {}: is a directory; name a file or block device", .0.display())]

@@ -176,7 +176,8 @@ impl New {
                 Preallocation::Full => fill(&file, 0, bytes)?,
                 _ => {}
             }
-            file.resize(bytes)?;
+            let long = |e| fail(format!("cannot make it {bytes} bytes long: {e}"));
+            file.resize(bytes).map_err(long)?;
             let options = ImageOptions { format: Some(self.format), lock: false, ..ImageOptions::default() };
             let disk = open_storage_image(file, &options)?;
             return Ok((Made { image, data: None, cache }, Opened::Raw(disk)));
@@ -191,7 +192,8 @@ impl New {
         let data_file = match &data {
             Some(d) => {
                 let file = open_new(d, cache)?;
-                file.resize(bytes)?;
+                file.resize(bytes)
+                    .map_err(|e| fail(format!("cannot make its data file {bytes} bytes long: {e}")))?;
                 Some(file)
             }
             None => None,

@@ -51,7 +51,8 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
             "Backing file and preallocation can only be used at the same time if extended_l2 is enabled",
         ));
     }
-    disk.disk().resize(wanted)?;
+    let resized = disk.disk().resize(wanted);
+    resized.map_err(|e| Failure::new(format!("{path}: cannot make it {wanted} bytes long: {e}")))?;
     match &disk {
         Opened::Qcow2(q) => q.preallocate(now, wanted, how)?,
         Opened::Raw(_) if how != Preallocation::Off && wanted > now => new::preallocate_raw(&path, now, how)?,
