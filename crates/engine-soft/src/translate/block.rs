@@ -1,10 +1,10 @@
 //! One block: from guest instructions to host code.
 
-use super::asm::{Address, Code, Hole, Holes, SP, T0, T1};
+use super::asm::{Address, Code, Holes, SP, T0, T1};
 use super::buffers::{Buffers, Source, emptied};
 pub(super) use super::choose::How;
 use super::choose::{alignment, condition, how, writes_memory};
-use super::control::{Out, context_at};
+use super::control::{Later, Out, context_at};
 use super::flags::{self, ALL};
 use super::group::Group;
 use super::memory::{Miss, Operand, Wanted};
@@ -60,6 +60,8 @@ pub(super) struct Emit<'a> {
     pub(super) hows: Vec<How>,
     /// For each instruction the flags that are read after it.
     pub(super) wanted: Vec<u32>,
+    /// Of a conditional jump at the end those that are read where it leads, and behind it.
+    pub(super) edges: (u32, u32),
     pub(super) uses: Vec<Registers>,
     /// For each instruction whether it accesses memory.
     pub(super) touches: Vec<bool>,
@@ -68,7 +70,7 @@ pub(super) struct Emit<'a> {
     group: Option<(Group, Miss, Option<Producer>, *const Op)>,
     pub(super) outs: Vec<Out>,
     /// Conditional jumps whose targets take more than a jump.
-    pub(super) later: Vec<(Hole, i64)>,
+    pub(super) later: Vec<Later>,
     /// What of the vector state the block needs ([`live`]).
     vectors: u8,
     /// From where the block's beginning goes if that is not live, and where it goes on.
@@ -383,6 +385,7 @@ impl<'a> Emit<'a> {
             here: 0,
             hows: emptied(&mut buffers.hows),
             wanted: emptied(&mut buffers.wanted),
+            edges: (0, 0),
             uses: emptied(&mut buffers.uses),
             touches: emptied(&mut buffers.touches),
             slow: emptied(&mut buffers.slow),
@@ -451,7 +454,7 @@ impl Emit<'_> {
     fn block(mut self, ops: &[Op], instructions: &[Instruction], look: impl Fn(i64) -> u32) -> Code {
         self.hows.extend(instructions.iter().zip(ops).map(|(i, op)| how(i, op)));
         let next = ops.last().map_or(0, |op| i64::from(op.off) + i64::from(op.len));
-        wanted_after(instructions, &self.hows, ops, next, look, &mut self.wanted);
+        self.edges = wanted_after(instructions, &self.hows, ops, next, look, &mut self.wanted);
         self.uses.extend(instructions.iter().map(|i| registers(i, self.info)));
         self.touches.extend(instructions.iter().zip(ops).map(|(i, op)| {
             op.flags & op_flags::MEM != 0 || i.is_stack_instruction() || i.is_string_instruction()
@@ -637,19 +640,8 @@ impl Emit<'_> {
             }
             How::Conditional => {
                 self.load_flags(T1);
-                if wanted != 0 {
-                    self.save_flags();
-                }
-                let (cc, to) = (condition(i), op.imm as i64);
                 let next = i64::from(op.off) + i64::from(op.len);
-                if (0..=self.here).contains(&to) && next < 4096 {
-                    // A loop: its way out is the jump.
-                    self.go_if(cc ^ 1, next);
-                    self.go(to);
-                } else {
-                    self.go_if(cc, to);
-                    self.go(next);
-                }
+                self.conditional(condition(i), op.imm as i64, next);
                 return true;
             }
             How::CallRelative => {

@@ -1,8 +1,8 @@
 //! Memory that one translation leaves to the next.
 
-use super::asm::{Code, Hole};
+use super::asm::Code;
 use super::block::{Emit, How};
-use super::control::Out;
+use super::control::{Later, Out};
 use super::slow::Slow;
 use super::uses::Registers;
 use iced_x86::Instruction;
@@ -18,7 +18,7 @@ pub(super) struct Buffers {
     pub touches: Vec<bool>,
     pub slow: Vec<Slow>,
     pub outs: Vec<Out>,
-    pub later: Vec<(Hole, i64)>,
+    pub later: Vec<Later>,
 }
 
 /// What is translated.

@@ -10,6 +10,7 @@ use super::Link;
 use super::asm::{Address, Hole, Holes, SP, T0, T1};
 use super::block::Emit;
 use super::memory::Wanted;
+use super::replay::At;
 use super::stubs::{BUDGET, CONTEXT, GLOBAL_CONTEXT, RELINK, RIP_AT};
 use crate::decode::Op;
 use iced_x86::{Code as I, Instruction};
@@ -41,6 +42,14 @@ pub(super) struct Out {
     /// To what lies so far from the beginning of the page.
     to: i64,
     why: Why,
+}
+
+/// Where a conditional jump leads that takes more than the jump.
+pub(super) struct Later {
+    from: Hole,
+    to: i64,
+    /// Flags, which are in the host's, go to memory.
+    save: bool,
 }
 
 enum Why {
@@ -82,14 +91,36 @@ impl Emit<'_> {
         self.link_within(hole, to);
     }
 
-    /// As [`Emit::go`], if condition `cc` holds. Host flags stay.
-    pub(super) fn go_if(&mut self, cc: u8, to: i64) {
-        let hole = self.c.jcc(cc);
-        if (self.here + 1..4096).contains(&to) {
-            self.link_within(hole, to);
+    /// As [`Emit::go`], if condition `cc` holds; `save` says that flags are to go to memory on that way. Host flags stay.
+    fn go_if(&mut self, cc: u8, to: i64, save: bool) {
+        let from = self.c.jcc(cc);
+        if !save && (self.here + 1..4096).contains(&to) {
+            self.link_within(from, to);
         } else {
-            self.later.push((hole, to));
+            self.later.push(Later { from, to, save });
         }
+    }
+
+    /// The end of a block whose flags are in the host's: to `to` if condition `cc` holds, to `next` otherwise. Flags are saved on the ways that
+    /// want them.
+    pub(super) fn conditional(&mut self, cc: u8, to: i64, next: i64) {
+        let wanted = (self.edges.0 != 0, self.edges.1 != 0);
+        if wanted == (true, true) {
+            self.save_flags();
+        }
+        let unsaved = self.at == At::Host;
+        // A loop's way out is the jump.
+        let back = (0..=self.here).contains(&to) && next < 4096;
+        let (cc, jump, on) = if back {
+            (cc ^ 1, (next, wanted.1), (to, wanted.0))
+        } else {
+            (cc, (to, wanted.0), (next, wanted.1))
+        };
+        self.go_if(cc, jump.0, unsaved && jump.1);
+        if unsaved && on.1 {
+            self.flags_to_memory(T1);
+        }
+        self.go(on.0);
     }
 
     fn link_within(&mut self, hole: Hole, to: i64) {
@@ -153,8 +184,11 @@ impl Emit<'_> {
 
     /// What conditional jumps lead to that is more than a jump.
     pub(super) fn emit_later(&mut self) {
-        while let Some((hole, to)) = self.later.pop() {
-            self.c.land(hole);
+        while let Some(Later { from, to, save }) = self.later.pop() {
+            self.c.land(from);
+            if save {
+                self.flags_to_memory(T1);
+            }
             self.go(to);
         }
     }

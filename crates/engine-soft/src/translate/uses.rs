@@ -38,7 +38,8 @@ pub(super) fn registers(i: &Instruction, info: &mut InstructionInfoFactory) -> R
     all
 }
 
-/// For each instruction the flags that are read after it, into `wanted`, which is empty.
+/// For each instruction the flags that are read after it, into `wanted`, which is empty; and of a conditional jump at the end those that are
+/// read where it leads and behind it.
 pub(super) fn wanted_after(
     instructions: &[Instruction],
     hows: &[How],
@@ -46,10 +47,14 @@ pub(super) fn wanted_after(
     next: i64,
     look: impl Fn(i64) -> u32,
     wanted: &mut Vec<u32>,
-) {
+) -> (u32, u32) {
+    let mut edges = (ALL, ALL);
     let mut live = match (hows.last(), ops.last()) {
         (Some(How::Jump), Some(op)) => look(op.imm as i64),
-        (Some(How::Conditional), Some(op)) => look(op.imm as i64) | look(next),
+        (Some(How::Conditional), Some(op)) => {
+            edges = (look(op.imm as i64), look(next));
+            edges.0 | edges.1
+        }
         (Some(How::CallRelative), Some(op)) => look(op.imm as i64),
         (Some(How::Call | How::Return | How::JumpIndirect | How::CallIndirect), _) | (None, _) => ALL,
         _ => look(next),
@@ -86,6 +91,7 @@ pub(super) fn wanted_after(
             live = ALL;
         }
     }
+    edges
 }
 
 /// What of the vector state an instruction needs.
