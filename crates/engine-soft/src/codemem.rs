@@ -70,6 +70,12 @@ impl CodeMemory {
         inside
     }
 
+    /// What lies at `offset`, if that is inside.
+    pub fn read_array<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        let mut bytes = [0; N];
+        self.read(offset, &mut bytes).then_some(bytes)
+    }
+
     /// Write `bytes` at `offset`. The caller makes sure that nobody executes what is overwritten.
     ///
     /// # Panics

@@ -4,6 +4,8 @@
 //! global; what is not leaves them when the address space changes. User sets are kept for several recently used address spaces (PCIDs), so
 //! that a switch of address spaces by a guest that uses PCIDs empties nothing.
 
+use super::Translation;
+use super::code::CodeSlots;
 use super::places::Places;
 use crate::hash::BuildKeyHasher;
 use ringfort_memory::RamMap;
@@ -95,6 +97,8 @@ pub struct TlbSet {
     huge: bool,
     /// What places in translated code have taken over from here.
     pub places: Places,
+    /// What jumps of translated code into other pages go by.
+    pub code: CodeSlots,
 }
 
 fn bit(words: &[u64], n: usize) -> bool {
@@ -110,7 +114,7 @@ impl TlbSet {
     fn new(user: bool) -> Box<TlbSet> {
         // By way of the heap: a set is too large for some threads' stacks.
         let mut set: Box<std::mem::MaybeUninit<TlbSet>> = Box::new_uninit();
-        // SAFETY: all fields but the places are arrays of integers, for which zero bytes are a value; the tags get theirs next.
+        // SAFETY: all fields but the places are integers and arrays of them, for which zero bytes are a value; the tags get theirs next.
         let mut set = unsafe {
             std::ptr::write_bytes(set.as_mut_ptr(), 0, 1);
             Places::init(&raw mut (*set.as_mut_ptr()).places, user);
@@ -151,6 +155,7 @@ impl TlbSet {
         self.large = [0; WORDS];
         self.huge = false;
         self.places.clear();
+        self.code.clear();
     }
 
     /// Drop what is not global.
@@ -158,11 +163,13 @@ impl TlbSet {
         let local = self.local;
         TlbSet::each(&local, |i| self.empty(i));
         self.local = [0; WORDS];
+        self.code.clear_local();
     }
 
     /// Drop the page of `lin`, or all entries from the large page that covers it.
     fn drop_page(&mut self, lin: u64) {
         self.places.drop_page(lin);
+        self.code.drop_page(lin);
         let index = (lin >> 12) as usize % TLB_ENTRIES;
         if self.page(index) == Some(lin & !0xfff) {
             self.empty(index);
@@ -559,6 +566,18 @@ impl Mmu {
     pub fn insert_fetch(&mut self, lin: u64, mapping: &Mapping) {
         let m = self.fetch_mode();
         self.set_mut(m).insert(lin, mapping, false);
+    }
+
+    /// Jumps may go by it that the page of `lin` lies at `frame` ([`super::frame`]), as a walk for a fetch has just found.
+    pub fn note_code(&mut self, lin: u64, frame: u32, from: &Translation) {
+        if self.access_mode == mode::USER {
+            self.slots[self.slot].user.code.fill(lin, frame, from);
+        } else {
+            // What AC says does not matter to fetches.
+            for set in &mut self.supervisor {
+                set.code.fill(lin, frame, from);
+            }
+        }
     }
 
     /// Where code lies is going to be remembered under [`Mmu::context`], or [`Mmu::global_context`] if the page is global.

@@ -1,7 +1,7 @@
 //! How blocks lead to one another.
 //!
 //! A jump within the page is patched to go straight to the next block's code. One into another page passes a guard as well: that the page it
-//! was linked to still holds the code, and that pages still lie where they lay. Indirect jumps look in the jump table. Calls leave a pair on
+//! was linked to still holds the code, and still lies where this one goes on ([`CodeSlots`]). Indirect jumps look in the jump table. Calls leave a pair on
 //! the host's stack, with which the guest's RET becomes a host RET (see [`super::stubs`]).
 //!
 //! Every circle of blocks passes a poll: backward jumps, calls and look-ups have one.
@@ -13,26 +13,47 @@ use super::memory::Wanted;
 use super::replay::At;
 use super::stubs::{BUDGET, CONTEXT, GLOBAL_CONTEXT, RELINK, RIP_AT};
 use crate::decode::Op;
+use crate::mmu::{CodeSlot, CodeSlots, INDEX_MASK, TlbSet, code_index};
 use iced_x86::{Code as I, Instruction};
+use std::mem::offset_of;
 
-/// Offsets in the guard of a jump into another page, from its first byte.
+/// Offsets in the guard of a jump into another page, from its first byte ([`Emit::go_far`]).
 pub(super) mod guard {
-    /// Distance of the jump that is there while nothing is linked.
-    pub const SKIP: usize = 1;
-    /// Then the guard begins with this: `mov r14, imm64`.
-    pub const LOAD: [u8; 2] = [0x49, 0xbe];
+    /// The guard begins with this once it is linked: `mov r13, gs:[rip]`.
+    pub const LOAD: [u8; 9] = {
+        let rip = super::RIP_AT.to_le_bytes();
+        [0x65, 0x4c, 0x8b, 0x2c, 0x25, rip[0], rip[1], rip[2], rip[3]]
+    };
+    /// Offset in the TLB set of the linear address of the page that its slot is of.
+    pub const PAGE_AT: usize = 19;
+    /// The same of the page's frame.
+    pub const FRAME_AT: usize = 32;
+    /// What that must be.
+    pub const FRAME: usize = 36;
     /// Address of the target page's code word.
-    pub const WORD: usize = 2;
+    pub const WORD: usize = 48;
     /// What it must hold.
-    pub const VALUE: usize = 13;
-    /// Which context must be in force: the offset in the `Cpu`.
-    pub const CONTEXT_AT: usize = 27;
-    /// The context's low half.
-    pub const CONTEXT: usize = 31;
+    pub const VALUE: usize = 59;
     /// Distance of the jump to the target's code.
-    pub const JUMP: usize = 55;
+    pub const JUMP: usize = 79;
     /// Behind it.
-    pub const END: usize = 59;
+    pub const END: usize = 83;
+}
+
+/// Offsets in what a guard's failure leads to, from its first byte.
+pub(super) mod failure {
+    /// The bits of the page's linear address that choose its slot.
+    pub const INDEX: usize = 13;
+    /// Offset in the TLB set of the frame there.
+    pub const FRAME_AT: usize = 26;
+    /// Behind the question whether there is one.
+    pub const END: usize = 31;
+}
+
+/// Offset in the TLB set of a field of the slot of the page at `lin`.
+pub(super) fn slot_at(lin: u64, field: usize) -> i32 {
+    let slots = offset_of!(TlbSet, code) + offset_of!(CodeSlots, slots);
+    (slots + code_index(lin) * size_of::<CodeSlot>() + field) as i32
 }
 
 /// A way out of a block's straight line.
@@ -57,8 +78,8 @@ enum Why {
     Poll(usize),
     /// Not linked yet.
     Link(u32),
-    /// A guard has failed.
-    Guard(u32),
+    /// The link's guard has failed; from this jump because the page that it leads to may not be where it was.
+    Guard(u32, Hole),
     /// The interpreter is to do it.
     Interpret,
 }
@@ -145,25 +166,25 @@ impl Emit<'_> {
             return self.go_indirect();
         };
         let start = self.c.at();
-        // In place of the address of the code word, until it is linked.
+        // In place of RIP's load, until it is linked.
         let skip = self.c.jmp();
-        self.c.raw(&[0; 5]);
+        self.c.raw(&[0; guard::LOAD.len() - 5]);
+        self.c.raw(&[0x49, 0x81, 0xc5]); // add r13, distance
+        self.c.raw(&distance.to_le_bytes());
+        self.c.raw(&[0x4d, 0x3b, 0xaf, 0, 0, 0, 0]); // cmp r13, [r15 + page]
+        let elsewhere = self.c.jcc(5);
+        self.c.raw(&[0x41, 0x81, 0xbf, 0, 0, 0, 0, 0, 0, 0, 0]); // cmp dword [r15 + frame], frame
+        let another = self.c.jcc(5);
+        self.c.imm64(T1, 0);
         self.c.raw(&[0x41, 0x81, 0x3e, 0, 0, 0, 0]); // cmp dword [r14], value
         let stale = self.c.jcc(5);
-        self.c.cpu32(&[0x81], 7, CONTEXT); // cmp dword [context], low half
-        self.c.raw(&[0; 4]);
-        let elsewhere = self.c.jcc(5);
-        self.c.cpu(0x81, 0, RIP_AT); // add qword [rip], distance
-        self.c.raw(&distance.to_le_bytes());
+        self.c.store_cpu(T0, RIP_AT);
         // Leads nowhere until it is linked, and is not reached.
         let jump = self.c.jmp();
-        debug_assert_eq!(
-            (skip.0 - start, jump.0 - start, self.c.at() - start),
-            (guard::SKIP, guard::JUMP, guard::END)
-        );
+        debug_assert_eq!((jump.0 - start, self.c.at() - start), (guard::JUMP, guard::END));
         let link = self.add_link(Link::guarded(self.memory_offset(start)));
         self.outs.push(Out { from: [skip].into(), to, why: Why::Link(link) });
-        self.outs.push(Out { from: [stale, elsewhere].into(), to, why: Why::Guard(link) });
+        self.outs.push(Out { from: [another, stale].into(), to, why: Why::Guard(link, elsewhere) });
     }
 
     /// Go to the guest address in [`T0`].
@@ -198,10 +219,26 @@ impl Emit<'_> {
         let base = self.base;
         let outs = std::mem::take(&mut self.outs);
         for out in &outs {
+            let mut empty = None;
+            if let Why::Guard(link, elsewhere) = out.why {
+                // Where the set is empty it is filled; the same code at another address has another slot.
+                self.c.land(elsewhere);
+                let start = self.c.at();
+                self.c.raw(&[0x45, 0x89, 0xee, 0x41, 0x81, 0xe6]); // mov r14d, r13d; and r14d
+                self.c.raw(&(INDEX_MASK as u32).to_le_bytes());
+                self.c.raw(&[0x41, 0x81, 0xfe, 0, 0, 0, 0]); // cmp r14d, index
+                let alias = self.c.jcc(5);
+                self.c.raw(&[0x41, 0x83, 0xbf, 0, 0, 0, 0, 0]); // cmp dword [r15 + frame], 0
+                debug_assert_eq!(self.c.at() - start, failure::END);
+                empty = Some(self.c.jcc(4));
+                self.c.land(alias);
+                let failure = self.memory_offset(start);
+                self.links[link as usize].fails_at(failure);
+            }
             for hole in out.from.iter() {
                 self.c.land(hole);
             }
-            if let Why::Guard(_) = out.why {
+            if let Why::Guard(..) = out.why {
                 // By the jump table, and now and then by a new link.
                 self.c.decrement_cpu(RELINK);
                 let again = self.c.jcc(8);
@@ -210,9 +247,12 @@ impl Emit<'_> {
                 self.go_indirect();
                 self.c.land(again);
             }
+            if let Some(empty) = empty {
+                self.c.land(empty);
+            }
             self.c.imm(T0, out.to);
             match out.why {
-                Why::Link(link) | Why::Guard(link) => {
+                Why::Link(link) | Why::Guard(link, _) => {
                     self.c.imm(T1, link.into());
                     self.c.far(0xe9, base, self.stubs.link);
                 }

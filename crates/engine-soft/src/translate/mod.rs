@@ -37,9 +37,11 @@ use crate::cache::Block;
 use crate::codemem::CodeMemory;
 use crate::cpu::{Activity, Cpu, RIP};
 use crate::decode::{Flow, Op};
+use crate::mmu::{Access, CodeSlot, INDEX_MASK, frame};
 use block::MOST_PER_OP;
 pub(crate) use block::pinned;
 pub(crate) use place::REGISTERS;
+use std::mem::offset_of;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 use stubs::Stubs;
@@ -99,15 +101,16 @@ const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, word: std::ptr::null(), 
 pub(super) struct Link {
     /// Offset in code memory of its distance, or of its guard ([`control::guard`]).
     at: u32,
-    /// For a jump within a page that physical page's number, or [`Link::TOO_HIGH`]; else [`Link::GUARDED`].
+    /// For a jump within a page that physical page's number, or [`Link::TOO_HIGH`]; else [`Link::GUARDED`] and the offset in code memory of
+    /// what the guard's failure leads to.
     page: u32,
 }
 
 impl Link {
     /// It has a guard.
-    const GUARDED: u32 = u32::MAX;
-    /// 16 TiB or more: not linked.
-    const TOO_HIGH: u32 = u32::MAX - 1;
+    const GUARDED: u32 = 1 << 31;
+    /// 8 TiB or more: not linked.
+    const TOO_HIGH: u32 = Link::GUARDED - 1;
 
     /// For a jump within the page at `gpa`.
     fn within(at: usize, gpa: u64) -> Link {
@@ -118,10 +121,22 @@ impl Link {
         Link { at: at as u32, page: Link::GUARDED }
     }
 
+    /// Where its guard's failure leads ([`control::failure`]).
+    fn fails_at(&mut self, at: usize) {
+        self.page = Link::GUARDED | at as u32;
+    }
+
+    /// Where that is, if it has a guard.
+    fn failure(self) -> Option<usize> {
+        (self.page & Link::GUARDED != 0).then_some((self.page & !Link::GUARDED) as usize)
+    }
+
     fn page_of(gpa: u64) -> u32 {
         (gpa >> 12).min(Link::TOO_HIGH.into()) as u32
     }
 }
+
+const _: () = assert!(CODE_SIZE < Link::GUARDED as usize);
 
 /// What generated code finds in the [`Cpu`].
 #[repr(C)]
@@ -276,6 +291,11 @@ impl Translator {
         (self.memory.size() / 2).saturating_sub(self.used).min(self.memory.size() - self.cold_used)
     }
 
+    /// The distance that a jump holds at offset `at` of code memory if it leads to `b`.
+    fn distance(&self, at: usize, b: &Block) -> [u8; 4] {
+        (b.code.get().wrapping_sub(self.memory.address(at + 4)) as u32).to_le_bytes()
+    }
+
     /// Forget all translations. The blocks' code pointers are the caller's to clear.
     pub fn clear(&mut self) {
         self.used = self.stubs.end;
@@ -363,25 +383,29 @@ extern "sysv64" fn refill_tlb(cpu: *mut Cpu, lin: u64, wanted: u32) -> u32 {
 
 /// For translated code that goes on where the jump table knows nothing: the code's address, or 0 to leave.
 extern "sysv64" fn resolve(cpu: *mut Cpu) -> usize {
-    found(cpu, |cpu| cpu.find_code())
+    // SAFETY: just found; nothing was decoded since.
+    found(cpu, |cpu| cpu.find_code().map(|b| unsafe { &*b }.code.get()))
 }
 
 /// For a jump that is not linked (or no longer rightly): the same, and it is linked.
 extern "sysv64" fn resolve_link(cpu: *mut Cpu, number: u64) -> usize {
     found(cpu, |cpu| {
-        let block = cpu.find_code()?;
-        // SAFETY: just found; nothing was decoded since.
-        cpu.link(number as usize, unsafe { &*block });
-        Some(block)
+        let renewed = cpu.renew_link(number as usize);
+        renewed.or_else(|| {
+            let block = cpu.find_code()?;
+            // SAFETY: just found; nothing was decoded since.
+            let b = unsafe { &*block };
+            cpu.link(number as usize, b);
+            Some(b.code.get())
+        })
     })
 }
 
-fn found(cpu: *mut Cpu, find: impl FnOnce(&mut Cpu) -> Option<*const Block>) -> usize {
+fn found(cpu: *mut Cpu, find: impl FnOnce(&mut Cpu) -> Option<usize>) -> usize {
     // SAFETY: translated code passes the Cpu that it runs for, to which no other reference is in use meanwhile.
     let cpu = unsafe { &mut *cpu };
     match catch_unwind(AssertUnwindSafe(|| find(cpu))) {
-        // SAFETY: the cache keeps a block until another is decoded.
-        Ok(block) => block.map_or(0, |b| unsafe { &*b }.code.get()),
+        Ok(code) => code.unwrap_or(0),
         Err(panic) => {
             if let Some(t) = &mut cpu.translator {
                 t.panic = Some(panic);
@@ -563,38 +587,74 @@ impl Cpu {
         Some(block)
     }
 
+    /// For a link whose guard found no frame for the page at RIP: if that lies where the link leads, say so where guards look, and go on there.
+    /// The address of the code.
+    fn renew_link(&mut self, number: usize) -> Option<usize> {
+        use control::guard;
+        let rip = self.regs[usize::from(RIP)];
+        let t = self.translator.as_ref()?;
+        let link = t.links.get(number)?;
+        link.failure()?;
+        let guard = t.memory.read_array::<{ guard::END }>(link.at as usize)?;
+        let word = |at: usize| guard[at..at + 4].try_into().map_or(0, u32::from_le_bytes);
+        let page_at = control::slot_at(rip, offset_of!(CodeSlot, page));
+        if !guard.starts_with(&guard::LOAD) || word(guard::PAGE_AT) != page_at as u32 {
+            return None;
+        }
+        let to = t.memory.address(link.at as usize + guard::END);
+        let code = to.wrapping_add_signed(word(guard::JUMP) as i32 as isize);
+        let (at, value) =
+            (guard[guard::WORD..][..8].try_into().map_or(0, u64::from_le_bytes), word(guard::VALUE));
+        let mode = self.mmu.fetch_mode();
+        let from = self.translate(rip, Access::Fetch, mode).ok()?;
+        if frame(from.gpa) != Some(word(guard::FRAME)) {
+            return None;
+        }
+        // SAFETY: the address of a page tracker's word, which lives as long as guest memory; `link` put it there.
+        if unsafe { &*(at as *const AtomicU32) }.load(Ordering::Acquire) != value {
+            return None;
+        }
+        self.mmu.note_code(rip, word(guard::FRAME), &from);
+        self.regs[usize::from(RIP)] = rip & !0xfff;
+        Some(code)
+    }
+
     /// Let a jump go straight to `b`, which was just found.
     #[cold]
     fn link(&mut self, number: usize, b: &Block) {
         self.hot.relink = RELINK;
-        let context = self.cache.context;
-        let global = context == self.mmu.global_context;
-        let Some(t) = self.translator.as_mut() else { return };
-        let Some(&link) = t.links.get(number) else { return };
-        let to = b.code.get();
-        let distance = |from: usize| (to.wrapping_sub(t.memory.address(from + 4)) as u32).to_le_bytes();
+        let page = self.regs[usize::from(RIP)];
+        let Some(&link) = self.translator.as_ref().and_then(|t| t.links.get(number)) else { return };
         let at = link.at as usize;
-        match link.page {
-            Link::GUARDED => {
-                use control::guard;
-                let (word, value) = b.stamp();
-                let to = distance(at + guard::JUMP);
-                t.memory.write(at, &guard::LOAD);
-                t.memory.write(at + guard::WORD, &(word as u64).to_le_bytes());
-                t.memory.write(at + guard::VALUE, &value.to_le_bytes());
-                t.memory.write(at + guard::CONTEXT_AT, &control::context_at(global).to_le_bytes());
-                t.memory.write(at + guard::CONTEXT, &(context as u32).to_le_bytes());
-                t.memory.write(at + guard::JUMP, &to);
-            }
-            page => {
-                // The page may be mapped elsewhere now, without the guest having said so.
-                if page != Link::page_of(b.gpa()) || page == Link::TOO_HIGH {
-                    return;
-                }
-                let to = distance(at);
+        let Some(failure) = link.failure() else {
+            // The page may be mapped elsewhere now, without the guest having said so.
+            if link.page == Link::page_of(b.gpa()) && link.page != Link::TOO_HIGH {
+                let Some(t) = self.translator.as_mut() else { return };
+                let to = t.distance(at, b);
                 t.memory.write(at, &to);
+                t.linked += 1;
             }
-        }
+            return;
+        };
+        let mode = self.mmu.fetch_mode();
+        let Ok(from) = self.translate(page, Access::Fetch, mode) else { return };
+        let Some(frame) = frame(b.gpa()).filter(|_| from.gpa == b.gpa() & !0xfff) else { return };
+        self.mmu.note_code(page, frame, &from);
+        let Some(t) = self.translator.as_mut() else { return };
+        use control::{failure, guard};
+        let (word, value) = b.stamp();
+        let to = t.distance(at + guard::JUMP, b);
+        let page_at = control::slot_at(page, offset_of!(CodeSlot, page)).to_le_bytes();
+        let frame_at = control::slot_at(page, offset_of!(CodeSlot, frame)).to_le_bytes();
+        t.memory.write(at, &guard::LOAD);
+        t.memory.write(at + guard::PAGE_AT, &page_at);
+        t.memory.write(at + guard::FRAME_AT, &frame_at);
+        t.memory.write(at + guard::FRAME, &frame.to_le_bytes());
+        t.memory.write(at + guard::WORD, &(word as u64).to_le_bytes());
+        t.memory.write(at + guard::VALUE, &value.to_le_bytes());
+        t.memory.write(at + guard::JUMP, &to);
+        t.memory.write(failure + failure::INDEX, &((page & INDEX_MASK) as u32).to_le_bytes());
+        t.memory.write(failure + failure::FRAME_AT, &frame_at);
         t.linked += 1;
     }
 }

@@ -182,6 +182,44 @@ fn code_at_two_addresses() {
     assert_eq!(g.reg(gpr::RBP) as u32, 0);
 }
 
+/// A page at two addresses that goes on in the page behind it, which is another one at each.
+#[test]
+fn code_at_two_addresses_goes_on_in_different_pages() {
+    let mut g = guest();
+    for (lin, gpa) in [(0, PAGE), (0x1000, PAGE + 0x1000), (0x10000, PAGE), (0x11000, PAGE + 0x2000)] {
+        g.m.map(LIN + lin, gpa, 3);
+    }
+    g.m.refresh();
+    // JMP to the next page's beginning; there MOV EAX, value; RET
+    g.m.write(PAGE, &[0xe9, 0xfb, 0x0f, 0, 0]);
+    g.m.write(PAGE + 0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]);
+    g.m.write(PAGE + 0x2000, &[0xb8, 100, 0, 0, 0, 0xc3]);
+    g.halts(|a| {
+        let mut top = a.create_label();
+        let mut first = a.create_label();
+        a.xor(ebx, ebx).unwrap();
+        a.mov(rsi, LIN).unwrap();
+        a.lea(rdi, qword_ptr(rsi + 0x10000)).unwrap();
+        // Long enough at the first address for its jump to be linked.
+        a.mov(ecx, 300).unwrap();
+        a.set_label(&mut first).unwrap();
+        a.call(rsi).unwrap();
+        a.add(ebx, eax).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(first).unwrap();
+        a.mov(ecx, 300).unwrap();
+        a.set_label(&mut top).unwrap();
+        a.call(rdi).unwrap();
+        a.add(ebx, eax).unwrap();
+        a.call(rsi).unwrap();
+        a.add(ebx, eax).unwrap();
+        a.dec(ecx).unwrap();
+        a.jnz(top).unwrap();
+        a.hlt().unwrap();
+    });
+    assert_eq!(g.reg(gpr::RBX), 300 + 300 * 101);
+}
+
 /// Where the page-table entry of `lin` lies.
 fn entry_of(g: &Guest, lin: u64) -> u64 {
     let mut table = layout::TABLES;
