@@ -1,4 +1,4 @@
-//! Where and how urgently the calling thread runs.
+//! Where and how urgently the calling thread runs, and what child processes have used.
 
 use std::io;
 
@@ -48,6 +48,22 @@ pub fn real_time(priority: u8) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// CPU time of all child processes that have ended and been waited for (getrusage(2)), to the microsecond.
+///
+/// # Errors
+/// The host's.
+pub fn children_cpu_time() -> io::Result<std::time::Duration> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: the structure may be written to.
+    if unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so it is filled.
+    let usage = unsafe { usage.assume_init() };
+    let time = |t: libc::timeval| std::time::Duration::new(t.tv_sec as u64, t.tv_usec as u32 * 1000);
+    Ok(time(usage.ru_utime) + time(usage.ru_stime))
 }
 
 #[cfg(test)]

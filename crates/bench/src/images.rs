@@ -123,16 +123,9 @@ pub struct Line {
     pass: bool,
 }
 
-/// CPU time of all children that have been waited for, in seconds (proc(5), stat, cutime and cstime; 100 ticks a second
-/// on every Linux that Ringfort runs on).
+/// CPU time of all children that have been waited for, in seconds.
 fn children_cpu() -> Result<f64, String> {
-    let stat = std::fs::read_to_string("/proc/self/stat").map_err(|e| e.to_string())?;
-    let after = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let field = |n: usize| after.split_whitespace().nth(n).and_then(|w| w.parse::<f64>().ok());
-    match (field(13), field(14)) {
-        (Some(user), Some(system)) => Ok((user + system) / 100.0),
-        _ => Err("/proc/self/stat cannot be read".into()),
-    }
+    Ok(ringfort_base::threads::children_cpu_time().map_err(|e| e.to_string())?.as_secs_f64())
 }
 
 /// Text, noise and holes, in pieces of 64 KiB to 1 MiB.
