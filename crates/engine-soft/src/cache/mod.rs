@@ -386,7 +386,11 @@ impl Cpu {
         if !single && self.cache.transient.as_deref().is_none_or(|t| !ptr::eq(t, block)) {
             let context = self.code_context(global) << 8 | self.mode_key;
             self.mmu.note_fetched(lin, &from);
-            self.cache.jumps[slot] = Jump { rip: lin, context, block };
+            // Of two pages it is another block at another address, which then takes this one's place.
+            // SAFETY: just found.
+            if unsafe { &*block }.one_page() {
+                self.cache.jumps[slot] = Jump { rip: lin, context, block };
+            }
         }
         Ok(block)
     }

@@ -6,11 +6,10 @@
 //! jump needs is not to give way to data.
 
 use super::Translation;
+use super::tlb::{TLB_ENTRIES, TlbSet, WORDS, bit, set_bit};
 
-/// Slots of a set.
-const SLOTS: usize = 4096;
-/// Words of a bitmap of regions.
-const WORDS: usize = 64;
+/// Slots of a set; [`super::INDEX_MASK`] chooses one.
+const SLOTS: usize = TLB_ENTRIES;
 
 /// Where one page lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +17,7 @@ const WORDS: usize = 64;
 pub struct CodeSlot {
     /// Linear address of the page.
     pub page: u64,
-    /// Its frame: see [`frame`]; 0 if there is none.
+    /// What stands for where it lies ([`frame`]); 0 if there is none.
     pub frame: u64,
 }
 
@@ -27,9 +26,8 @@ pub struct CodeSlot {
 pub struct CodeSlots {
     /// By [`index`].
     pub slots: [CodeSlot; SLOTS],
-    /// Numbers of those that were filled, of which there are `filled`.
-    touched: [u16; SLOTS],
-    filled: u16,
+    /// Those that may be filled.
+    touched: [u64; WORDS],
     /// Some are of pages that are not global.
     local: bool,
     /// Some are of pages of 1 GiB.
@@ -48,41 +46,34 @@ pub fn frame(gpa: u64) -> Option<u32> {
     u32::try_from((gpa >> 12) + 1).ok()
 }
 
-/// The bit of a region.
-fn region(lin: u64) -> (usize, u64) {
-    ((lin >> 27) as usize % WORDS, 1 << (lin >> 21 & 63))
+/// A slot that holds nothing.
+const NONE: CodeSlot = CodeSlot { page: 0, frame: 0 };
+
+/// The bit of a 2 MiB region, of as many as a bitmap has.
+fn region(lin: u64) -> usize {
+    (lin >> 21) as usize % (WORDS * 64)
 }
 
 impl CodeSlots {
     /// The page of `lin` lies there.
     pub fn fill(&mut self, lin: u64, frame: u32, from: &Translation) {
         let n = index(lin);
-        if self.slots[n].frame == 0 {
-            if usize::from(self.filled) == SLOTS {
-                // Some are noted twice, as they were dropped in between.
-                self.clear();
-            }
-            self.touched[usize::from(self.filled)] = n as u16;
-            self.filled += 1;
-        }
+        set_bit(&mut self.touched, n);
         self.slots[n] = CodeSlot { page: lin & !0xfff, frame: frame.into() };
         self.local |= !from.global;
         if let Some(size) = from.large {
             self.huge |= size > 4 << 20;
             // The larger kind of the old paging modes is two regions.
             for lin in [lin, lin ^ u64::from(size > 2 << 20) << 21] {
-                let (word, bit) = region(lin);
-                self.large[word] |= bit;
+                set_bit(&mut self.large, region(lin));
             }
         }
     }
 
     /// Drop all.
     pub fn clear(&mut self) {
-        for n in &self.touched[..usize::from(self.filled)] {
-            self.slots[usize::from(*n) % SLOTS] = CodeSlot { page: 0, frame: 0 };
-        }
-        self.filled = 0;
+        let touched = std::mem::replace(&mut self.touched, [0; WORDS]);
+        TlbSet::each(&touched, |n| self.slots[n] = NONE);
         self.local = false;
         self.huge = false;
         self.large = [0; WORDS];
@@ -97,13 +88,12 @@ impl CodeSlots {
 
     /// Drop the page of `lin`, and with a large page that may cover it everything.
     pub fn drop_page(&mut self, lin: u64) {
-        let (word, bit) = region(lin);
-        if self.huge || self.large[word] & bit != 0 {
+        if self.huge || bit(&self.large, region(lin)) {
             return self.clear();
         }
         let slot = &mut self.slots[index(lin)];
         if slot.page == lin & !0xfff {
-            *slot = CodeSlot { page: 0, frame: 0 };
+            *slot = NONE;
         }
     }
 }

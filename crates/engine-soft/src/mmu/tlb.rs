@@ -29,7 +29,7 @@ const fn empty_tag(index: usize) -> u64 {
 }
 
 /// Words of a bitmap with a bit per entry.
-const WORDS: usize = TLB_ENTRIES / 64;
+pub(super) const WORDS: usize = TLB_ENTRIES / 64;
 
 /// Access modes, one TLB set each.
 pub mod mode {
@@ -101,11 +101,11 @@ pub struct TlbSet {
     pub code: CodeSlots,
 }
 
-fn bit(words: &[u64], n: usize) -> bool {
+pub(super) fn bit(words: &[u64], n: usize) -> bool {
     words[n / 64 % words.len()] >> (n % 64) & 1 != 0
 }
 
-fn set_bit(words: &mut [u64], n: usize) {
+pub(super) fn set_bit(words: &mut [u64], n: usize) {
     let len = words.len();
     words[n / 64 % len] |= 1 << (n % 64);
 }
@@ -137,7 +137,7 @@ impl TlbSet {
     }
 
     /// Call `f` for the entries in `which` (a bitmap's words).
-    fn each(words: &[u64; WORDS], mut f: impl FnMut(usize)) {
+    pub(super) fn each(words: &[u64; WORDS], mut f: impl FnMut(usize)) {
         for (w, &bits) in words.iter().enumerate() {
             let mut bits = bits;
             while bits != 0 {

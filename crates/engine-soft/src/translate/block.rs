@@ -92,6 +92,8 @@ mod crossing {
     pub const CONTEXT_AT: usize = 27;
     /// The context's low half.
     pub const CONTEXT: usize = 31;
+    /// Linear address of the page.
+    pub const PAGE: usize = 43;
 }
 
 impl Cpu {
@@ -182,6 +184,7 @@ impl Cpu {
     fn translate_crossing(&mut self, b: &Block) -> bool {
         let context = self.cache.context;
         let context_at = context_at(context == self.mmu.global_context);
+        let page = self.page_of(b);
         let Some(ops) = self.ops_of(b) else { return false };
         // SAFETY: as in `try_to_translate`.
         let ops = unsafe { &*ops };
@@ -211,8 +214,9 @@ impl Cpu {
         }
         let mut emit = Emit::new(t, b);
         emit.here = b.first() as i64;
-        emit.guard(&[(word, value)], context_at, context, None);
+        emit.guard(&[(word, value)], context_at, context, page);
         debug_assert_eq!(emit.c.bytes[crossing::CONTEXT..][..4], (context as u32).to_le_bytes());
+        debug_assert_eq!(emit.c.bytes[crossing::PAGE..][..8], page.to_le_bytes());
         let code = emit.block(ops, &[i], |_| ALL);
         t.add(b, code);
         b.guarded.set(true);
@@ -269,24 +273,27 @@ pub(super) fn in_width(n: u8, like: Register) -> Register {
 }
 
 impl Translator {
-    /// `b`, which has code, has just been found where `context` is in force: if it crosses a page boundary, and its guard asks for something
-    /// else, let it ask for that.
-    pub(super) fn renew(&mut self, b: &Block, context_at: i32, context: u64) -> bool {
+    /// `b`, which has code, has just been found in the page at `page` where `context` is in force: if it crosses a page boundary, and its guard
+    /// asks for something else, let it ask for that.
+    pub(super) fn renew(&mut self, b: &Block, context_at: i32, context: u64, page: u64) -> bool {
         if b.one_page() {
             return false;
         }
         let at = b.code.get() - self.memory.address(0);
-        let (mut wanted, mut old) = ([0; 8], [0; 8]);
+        let mut wanted = [0; 8];
         wanted[..4].copy_from_slice(&context_at.to_le_bytes());
         wanted[4..].copy_from_slice(&(context as u32).to_le_bytes());
-        let known = self.memory.read(at + crossing::CONTEXT_AT, &mut old) && old == wanted;
-        if !known {
-            self.memory.write(at + crossing::CONTEXT_AT, &wanted);
+        let mut known = true;
+        for (at, wanted) in [(at + crossing::CONTEXT_AT, wanted), (at + crossing::PAGE, page.to_le_bytes())] {
+            if self.memory.read_array(at) != Some(wanted) {
+                self.memory.write(at, &wanted);
+                known = false;
+            }
         }
         !known
     }
 
-    /// The code of `b`, which others may jump to, is out of date: they go by the jump table from now on.
+    /// The code of `b`, which others may jump to, is out of date: they have the block looked up from now on.
     pub(super) fn redirect(&mut self, b: &Block) {
         if let Some(to) = self.add_detour(b.first()) {
             self.divert(b.code.get(), to);
@@ -301,7 +308,7 @@ impl Translator {
         self.memory.write(at + 1, &distance.to_le_bytes());
     }
 
-    /// Code that goes by the jump table to what lies `to` bytes into the page; its address, if there is room.
+    /// Code that looks up what lies `to` bytes into the page, where the jump table may lead here; its address, if there is room.
     fn add_detour(&mut self, to: u64) -> Option<usize> {
         let start = self.used;
         if self.room() < MOST_PER_OP {
@@ -310,7 +317,7 @@ impl Translator {
         let mut c = Code::default();
         c.imm(T0, to as i64);
         c.cpu(0x03, T0, RIP_AT);
-        c.far(0xe8, self.memory.address(start), self.stubs.look_up);
+        c.far(0xe8, self.memory.address(start), self.stubs.look_up_anew);
         c.raw(&[0x41, 0xff, 0xe6]); // jmp r14
         self.memory.write(start, &c.bytes);
         self.used = (start + c.at()).next_multiple_of(16);
@@ -404,13 +411,13 @@ impl<'a> Emit<'a> {
     }
 
     /// Leave to the interpreter what lies [`Emit::here`] bytes into the page unless code words have their values, a context (its offset in the
-    /// `Cpu`, and value) is in force, and the page lies at a linear address.
+    /// `Cpu`, and value) is in force, and the page lies at `page`.
     pub(super) fn guard(
         &mut self,
         stamps: &[(*const AtomicU32, u32)],
         context_at: i32,
         context: u64,
-        page: Option<i32>,
+        page: u64,
     ) {
         let mut failed = Holes::default();
         for &(word, value) in stamps {
@@ -422,11 +429,9 @@ impl<'a> Emit<'a> {
         self.c.cpu32(&[0x81], 7, context_at); // cmp dword [context]
         self.c.raw(&(context as u32).to_le_bytes());
         failed.push(self.c.jcc(5));
-        if let Some(page) = page {
-            self.c.cpu(0x81, 7, RIP_AT); // cmp qword [rip]
-            self.c.raw(&page.to_le_bytes());
-            failed.push(self.c.jcc(5));
-        }
+        self.c.imm64(T1, page);
+        self.c.cpu(0x39, T1, RIP_AT); // cmp [rip], r14
+        failed.push(self.c.jcc(5));
         self.outs.push(Out::interpret(failed, self.here));
     }
 }

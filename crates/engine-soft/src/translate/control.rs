@@ -1,8 +1,8 @@
 //! How blocks lead to one another.
 //!
 //! A jump within the page is patched to go straight to the next block's code. One into another page passes a guard as well: that the page it
-//! was linked to still holds the code, and still lies where this one goes on ([`CodeSlots`]). Indirect jumps look in the jump table. Calls leave a pair on
-//! the host's stack, with which the guest's RET becomes a host RET (see [`super::stubs`]).
+//! was linked to still holds the code, and still lies where this one goes on ([`CodeSlots`]). Indirect jumps look in the jump table. Calls
+//! leave a pair on the host's stack, with which the guest's RET becomes a host RET (see [`super::stubs`]).
 //!
 //! Every circle of blocks passes a poll: backward jumps, calls and look-ups have one.
 

@@ -1,7 +1,7 @@
 //! What kernels write instead of RET and of indirect jumps against speculation: safe returns and retpolines. Executed literally, each
 //! would leave a call that never returns, and the return would be to where no call came from; they are translated as what they mean.
 //!
-//! Only for supervisor code at addresses that a guard can name. The guard holds the linear address, the address space, and the code of each
+//! Only for supervisor code. The guard holds the linear address, the address space, and the code of each
 //! page that was looked at; if it fails, the interpreter executes the instruction as it stands.
 
 use super::MOST_PER_OP;
@@ -11,7 +11,7 @@ use super::choose::How;
 use super::control::context_at;
 use super::flags::ALL;
 use crate::cache::Block;
-use crate::cpu::{Cpu, RIP};
+use crate::cpu::Cpu;
 use crate::decode::Op;
 use iced_x86::{Code as I, Instruction};
 use std::sync::atomic::AtomicU32;
@@ -37,8 +37,7 @@ impl Cpu {
         if i.code() != I::Call_rel32_64 || self.cpl != 0 {
             return None;
         }
-        let page = self.regs[usize::from(RIP)].wrapping_sub(b.first());
-        let named = i32::try_from(page as i64).ok()?;
+        let page = self.page_of(b);
         let target = page.wrapping_add(op.imm);
         let mut stamps = Stamps::new();
         let meaning = self.meaning(target, &mut stamps)?;
@@ -53,7 +52,7 @@ impl Cpu {
         emit.here = op.off.into();
         emit.hows.push(How::Call);
         emit.wanted.push(ALL);
-        emit.guard(&stamps, at, context, Some(named));
+        emit.guard(&stamps, at, context, page);
         match meaning {
             Meaning::Return => emit.ret(i, op),
             Meaning::Jump(register) => emit.jump_register(op, register),

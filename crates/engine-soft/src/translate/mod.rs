@@ -267,9 +267,12 @@ impl Translator {
         }))
     }
 
-    /// Remember where the code of `b`, which begins at `rip`, lies.
+    /// Remember where the code of `b`, which begins at `rip`, lies, if all of it is in one page: where the second one lies must be asked anew.
     #[inline]
     fn note_jump(&mut self, rip: u64, context: u64, b: &Block) {
+        if !b.one_page() {
+            return;
+        }
         let (word, value) = b.stamp();
         let code = (b.code.get() - self.memory.address(0)) as u32;
         self.jumps[(rip ^ rip >> 12) as usize % JUMPS] = Jump { rip, context, word, value, code };
@@ -387,7 +390,7 @@ extern "sysv64" fn resolve(cpu: *mut Cpu) -> usize {
     found(cpu, |cpu| cpu.find_code().map(|b| unsafe { &*b }.code.get()))
 }
 
-/// For a jump that is not linked (or no longer rightly): the same, and it is linked.
+/// For a jump that is not linked (or no longer rightly, or whose guard found nothing to go by): the same, and it is linked, or good again.
 extern "sysv64" fn resolve_link(cpu: *mut Cpu, number: u64) -> usize {
     found(cpu, |cpu| {
         let renewed = cpu.renew_link(number as usize);
@@ -461,7 +464,13 @@ impl Cpu {
     fn renew_guard(&mut self, b: &Block) -> bool {
         let context = self.cache.context;
         let at = control::context_at(context == self.mmu.global_context);
-        self.translator.as_mut().is_some_and(|t| t.renew(b, at, context))
+        let page = self.page_of(b);
+        self.translator.as_mut().is_some_and(|t| t.renew(b, at, context, page))
+    }
+
+    /// Linear address of the page that holds `b`, which is at RIP.
+    fn page_of(&self, b: &Block) -> u64 {
+        self.regs[usize::from(RIP)].wrapping_sub(b.first())
     }
 
     /// Which vector instructions translated code may execute by itself: those that cannot fault for what control registers and MXCSR say.
@@ -596,22 +605,21 @@ impl Cpu {
         let link = t.links.get(number)?;
         link.failure()?;
         let guard = t.memory.read_array::<{ guard::END }>(link.at as usize)?;
-        let word = |at: usize| guard[at..at + 4].try_into().map_or(0, u32::from_le_bytes);
+        let word = |at: usize| guard[at..].first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
         let page_at = control::slot_at(rip, offset_of!(CodeSlot, page));
         if !guard.starts_with(&guard::LOAD) || word(guard::PAGE_AT) != page_at as u32 {
             return None;
         }
         let to = t.memory.address(link.at as usize + guard::END);
         let code = to.wrapping_add_signed(word(guard::JUMP) as i32 as isize);
-        let (at, value) =
-            (guard[guard::WORD..][..8].try_into().map_or(0, u64::from_le_bytes), word(guard::VALUE));
+        let at = guard[guard::WORD..].first_chunk().map(|b| u64::from_le_bytes(*b))?;
         let mode = self.mmu.fetch_mode();
         let from = self.translate(rip, Access::Fetch, mode).ok()?;
         if frame(from.gpa) != Some(word(guard::FRAME)) {
             return None;
         }
         // SAFETY: the address of a page tracker's word, which lives as long as guest memory; `link` put it there.
-        if unsafe { &*(at as *const AtomicU32) }.load(Ordering::Acquire) != value {
+        if unsafe { &*(at as *const AtomicU32) }.load(Ordering::Acquire) != word(guard::VALUE) {
             return None;
         }
         self.mmu.note_code(rip, word(guard::FRAME), &from);

@@ -130,6 +130,8 @@ pub struct Stubs {
     pub interpret: usize,
     /// Find the code for the guest address in [`T0`]: its address in [`T1`], RIP set to the page. To be called.
     pub look_up: usize,
+    /// The same, but not by what the jump table has. To be called.
+    pub look_up_anew: usize,
     /// Go to the block at the guest address in [`T0`], to which a RET led that no host RET serves.
     pub return_miss: usize,
     /// Call the handler of the op that [`T0`] names ([`super::OpName`]). To be called.
@@ -486,6 +488,7 @@ impl Stubs {
             link,
             interpret,
             look_up,
+            look_up_anew: base + miss,
             return_miss,
             call,
             call_several,

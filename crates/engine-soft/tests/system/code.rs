@@ -7,6 +7,7 @@ use ringfort_engine_soft::cpu::gpr;
 use ringfort_engine_soft::testing::{TestMode, host_cpuid, layout};
 use ringfort_engine_soft::vcpu::request;
 use ringfort_memory::{Bytes, GuestAddress, GuestMemory};
+use ringfort_x86::cr::CR4_PGE;
 use ringfort_x86::cr::DR6_BS;
 use std::sync::Arc;
 use std::time::Duration;
@@ -182,42 +183,112 @@ fn code_at_two_addresses() {
     assert_eq!(g.reg(gpr::RBP) as u32, 0);
 }
 
-/// A page at two addresses that goes on in the page behind it, which is another one at each.
-#[test]
-fn code_at_two_addresses_goes_on_in_different_pages() {
+/// With PAGE at two addresses, PAGE + 0x1000 behind it at the first and PAGE + 0x2000 at the second, and `code` at offsets from PAGE: call what
+/// lies `at` bytes into it 300 times at the first address, then at either in turns; the sum of what comes back in EAX.
+fn called_at_two_addresses(code: &[(u64, &[u8])], at: u64) -> u64 {
     let mut g = guest();
     for (lin, gpa) in [(0, PAGE), (0x1000, PAGE + 0x1000), (0x10000, PAGE), (0x11000, PAGE + 0x2000)] {
         g.m.map(LIN + lin, gpa, 3);
     }
     g.m.refresh();
-    // JMP to the next page's beginning; there MOV EAX, value; RET
-    g.m.write(PAGE, &[0xe9, 0xfb, 0x0f, 0, 0]);
-    g.m.write(PAGE + 0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]);
-    g.m.write(PAGE + 0x2000, &[0xb8, 100, 0, 0, 0, 0xc3]);
+    for (offset, bytes) in code {
+        g.m.write(PAGE + offset, bytes);
+    }
     g.halts(|a| {
-        let mut top = a.create_label();
-        let mut first = a.create_label();
-        a.xor(ebx, ebx).unwrap();
-        a.mov(rsi, LIN).unwrap();
+        a.mov(rsi, LIN + at).unwrap();
         a.lea(rdi, qword_ptr(rsi + 0x10000)).unwrap();
-        // Long enough at the first address for its jump to be linked.
-        a.mov(ecx, 300).unwrap();
-        a.set_label(&mut first).unwrap();
-        a.call(rsi).unwrap();
-        a.add(ebx, eax).unwrap();
-        a.dec(ecx).unwrap();
-        a.jnz(first).unwrap();
-        a.mov(ecx, 300).unwrap();
-        a.set_label(&mut top).unwrap();
-        a.call(rdi).unwrap();
-        a.add(ebx, eax).unwrap();
-        a.call(rsi).unwrap();
-        a.add(ebx, eax).unwrap();
-        a.dec(ecx).unwrap();
-        a.jnz(top).unwrap();
+        a.xor(ebx, ebx).unwrap();
+        // Long enough at the first address for its jumps to be linked.
+        for addresses in [&[rsi][..], &[rdi, rsi]] {
+            let mut top = a.create_label();
+            a.mov(ecx, 300).unwrap();
+            a.set_label(&mut top).unwrap();
+            for &address in addresses {
+                a.call(address).unwrap();
+                a.add(ebx, eax).unwrap();
+            }
+            a.dec(ecx).unwrap();
+            a.jnz(top).unwrap();
+        }
         a.hlt().unwrap();
     });
-    assert_eq!(g.reg(gpr::RBX), 300 + 300 * 101);
+    g.reg(gpr::RBX)
+}
+
+/// A page at two addresses that goes on in the page behind it, which is another one at each.
+#[test]
+fn code_at_two_addresses_goes_on_in_different_pages() {
+    // JMP to the next page's beginning; there MOV EAX, value; RET
+    let code: [(u64, &[u8]); 3] = [
+        (0, &[0xe9, 0xfb, 0x0f, 0, 0]),
+        (0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]),
+        (0x2000, &[0xb8, 100, 0, 0, 0, 0xc3]),
+    ];
+    assert_eq!(called_at_two_addresses(&code, 0), 300 + 300 * 101);
+}
+
+/// The same where an instruction lies across the boundary.
+#[test]
+fn an_instruction_across_pages_at_two_addresses_ends_in_different_pages() {
+    // NOP; JMP to the next; MOV EAX, imm32 from the last two bytes of the page on; RET.
+    let code: [(u64, &[u8]); 3] =
+        [(0xffb, &[0x90, 0xeb, 0x00, 0xb8, 0]), (0x1000, &[1, 0, 0, 0xc3]), (0x2000, &[100, 0, 0, 0xc3])];
+    assert_eq!(called_at_two_addresses(&code, 0xffb), (300 + 300 * 101) << 8);
+}
+
+/// What stands for a return against speculation, at two addresses.
+#[test]
+fn a_safe_return_at_two_addresses() {
+    // MOV EAX, 7; CALL the next but INT3; INT3; LEA RSP, [RSP + 8]; RET
+    let code = [0xb8, 7, 0, 0, 0, 0xe8, 1, 0, 0, 0, 0xcc, 0x48, 0x8d, 0x64, 0x24, 0x08, 0xc3];
+    assert_eq!(called_at_two_addresses(&[(0, &code)], 0), 900 * 7);
+}
+
+/// The page that a linked jump leads to becomes another by INVLPG and by CR3, as one that is the same in all address spaces and as one that is
+/// not; and it is only flushed, with which the jump stays linked.
+#[test]
+fn a_page_that_a_jump_leads_to_becomes_another() {
+    for rights in [0x003u64, 0x103] {
+        let mut g = guest();
+        g.cpu().cr4 |= CR4_PGE;
+        g.m.map(LIN, PAGE, 3);
+        g.m.map(LIN + 0x1000, PAGE + 0x1000, rights);
+        g.m.refresh();
+        let entry = entry_of(&g, LIN + 0x1000);
+        // JMP to the next page's beginning; there MOV EAX, value; RET. The two pages differ in a bit of their address.
+        g.m.write(PAGE, &[0xe9, 0xfb, 0x0f, 0, 0]);
+        g.m.write(PAGE + 0x1000, &[0xb8, 1, 0, 0, 0, 0xc3]);
+        g.m.write(PAGE + 0x3000, &[0xb8, 100, 0, 0, 0, 0xc3]);
+        g.halts(|a| {
+            let mut top = a.create_label();
+            a.mov(rsi, LIN).unwrap();
+            a.mov(rdi, entry).unwrap();
+            a.xor(ebx, ebx).unwrap();
+            a.mov(ebp, 100).unwrap();
+            a.set_label(&mut top).unwrap();
+            for (swap, invlpg) in [(true, true), (false, true), (rights & 0x100 == 0, false), (false, false)]
+            {
+                if swap {
+                    a.xor(qword_ptr(rdi), 0x2000).unwrap();
+                }
+                if invlpg {
+                    a.invlpg(byte_ptr(rsi + 0x1000)).unwrap();
+                } else {
+                    a.mov(rax, cr3).unwrap();
+                    a.mov(cr3, rax).unwrap();
+                }
+                for _ in 0..4 {
+                    a.call(rsi).unwrap();
+                    a.add(ebx, eax).unwrap();
+                }
+            }
+            a.dec(ebp).unwrap();
+            a.jnz(top).unwrap();
+            a.hlt().unwrap();
+        });
+        // Half of all calls go to each page, whether it changes twice in each turn or once.
+        assert_eq!(g.reg(gpr::RBX), 100 * 8 * 101);
+    }
 }
 
 /// Where the page-table entry of `lin` lies.
