@@ -23,7 +23,16 @@ impl Gdb {
         // What a target says to `monitor` comes out as errors do.
         let mut command = Command::new("sh");
         command.args(["-c", "exec gdb \"$@\" 2>&1", "gdb"]);
-        command.args(["-q", "-nx", "-iex", "set pagination off", "-iex", "set confirm off"]);
+        command.args([
+            "-q",
+            "-nx",
+            "-iex",
+            "set pagination off",
+            "-iex",
+            "set width 0",
+            "-iex",
+            "set confirm off",
+        ]);
         // On a busy machine an answer may take longer than the two seconds that gdb waits.
         command.args(["-iex", "set remotetimeout 120"]);
         let mut gdb = Gdb(Guest::start(command));
@@ -78,7 +87,12 @@ impl Tiny {
     /// Under an engine: 64 rounds that store ECX at 90000h (mov ecx, 64; mov [90000h], ecx; dec ecx; jnz), then echo. It stands
     /// behind its first instruction.
     fn start(gdb: &mut Gdb, engine: &str) -> Tiny {
-        let scratch = Scratch::new(&format!("gdb-tiny-{}", engine.replace([',', '='], "-")));
+        Tiny::with(gdb, engine, &[])
+    }
+
+    /// With options beside that.
+    fn with(gdb: &mut Gdb, engine: &str, more: &[&str]) -> Tiny {
+        let scratch = Scratch::new(&format!("gdb-tiny-{}{}", engine.replace([',', '='], "-"), more.len()));
         let code = Code::new()
             .raw(&[0xb9, 64, 0, 0, 0, 0x89, 0x0d, 0, 0, 9, 0, 0x49, 0x75, 0xf7])
             .print("up\n")
@@ -88,7 +102,7 @@ impl Tiny {
         let place = format!("unix:{}", text(&socket));
         let options =
             ["run", "--accel", engine, "--memory", "32M", "--net", "none", "--kernel", text(&kernel)];
-        let mut g = Guest::start(ringfort(&[&options[..], &["--gdb", &place]].concat()));
+        let mut g = Guest::start(ringfort(&[&options[..], more, &["--gdb", &place]].concat()));
         gdb.connect(&mut g, &socket);
         // The image's header is 32 bytes long.
         gdb.says("p/x $rip", &["0x100020"]);
@@ -236,6 +250,23 @@ fn a_guest_is_debugged_under_the_interpreter() {
     gdb.ask(&format!("target remote {}", text(&socket)));
     gdb.says("p/x $rip", &["0x10"]);
     gdb.0.send("kill\n");
+    assert_eq!(g.wait().code(), Some(0));
+}
+
+/// The halves of YMM registers, where the CPU has them.
+#[test]
+fn vector_registers_are_shown() {
+    let Some(mut gdb) = Gdb::start() else { return };
+    let Tiny { g, socket: _, _scratch } = Tiny::with(&mut gdb, "soft", &["--cpu", "max"]);
+    gdb.says("info registers ymm3", &["v4_int64 = {0x112233, 0x0, 0x0, 0x0}"]);
+    gdb.ask("set $ymm3.v8_int32[6] = 0x445566");
+    gdb.ask("set $ymm15.v8_int32[7] = 77");
+    // From the guest, not from what gdb remembers.
+    gdb.ask("stepi");
+    gdb.ask("maintenance flush register-cache");
+    gdb.says("p/x $ymm3.v8_int32", &["{0x112233, 0x0, 0x0, 0x0, 0x0, 0x0, 0x445566, 0x0}"]);
+    gdb.says("p $ymm15.v8_int32", &["{0, 0, 0, 0, 0, 0, 0, 77}"]);
+    gdb.ask("kill");
     assert_eq!(g.wait().code(), Some(0));
 }
 

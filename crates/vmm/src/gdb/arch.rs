@@ -1,4 +1,4 @@
-//! What gdb is told of the CPU: its registers, their order and sizes (gdb's features/i386/64bit-{core,sse,segments}.xml), and system
+//! What gdb is told of the CPU: its registers, their order and sizes (gdb's features/i386/64bit-{core,sse,segments,avx}.xml), and system
 //! registers beside them.
 
 use gdbstub::arch::{Arch, RegId, Registers};
@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::num::NonZeroUsize;
 use std::sync::OnceLock;
 
-/// x86-64 with SSE.
+/// x86-64 with SSE and, where the vCPU has it, AVX.
 pub enum X86 {}
 
 impl Arch for X86 {
@@ -55,6 +55,10 @@ struct Definition {
 /// XSAVE components.
 const X87: u64 = 1;
 const SSE: u64 = 2;
+const AVX: u64 = 4;
+/// Where the upper halves of YMM0 to YMM15 lie in the XSAVE area's standard format (Intel SDM 1 section 13.5.2; CPUID.0DH.02H:EBX, the
+/// same on every CPU that has them).
+const YMM_HIGH: usize = 576;
 
 /// All registers, in gdb's order; where each feature begins.
 fn definitions() -> &'static [Definition] {
@@ -97,16 +101,18 @@ fn definitions() -> &'static [Definition] {
             add(name, 8, "int64", Place::Cr(n));
         }
         add("efer", 8, "int64", Place::Efer);
+        (0..16).for_each(|n| add(&format!("ymm{n}h"), 16, "uint128", Place::Area(YMM_HIGH + 16 * n, AVX)));
         all
     })
 }
 
 /// Features, by their first register.
-const FEATURES: [(&str, &str); 4] = [
+const FEATURES: [(&str, &str); 5] = [
     ("rax", "org.gnu.gdb.i386.core"),
     ("xmm0", "org.gnu.gdb.i386.sse"),
     ("fs_base", "org.gnu.gdb.i386.segments"),
     ("k_gs_base", "org.ringfort.system"),
+    ("ymm0h", "org.gnu.gdb.i386.avx"),
 ];
 
 fn flags(id: &str, bits: &[(&str, u8)]) -> String {
@@ -219,6 +225,8 @@ impl RegId for Reg {
 pub struct Regs {
     bytes: Vec<u8>,
     rip: u64,
+    /// How many of the bytes, all at the end, are of registers that the vCPU lacks.
+    lacking: usize,
 }
 
 impl Registers for Regs {
@@ -229,7 +237,8 @@ impl Registers for Regs {
     }
 
     fn gdb_serialize(&self, write_byte: impl FnMut(Option<u8>)) {
-        self.bytes.iter().copied().map(Some).for_each(write_byte);
+        let had = self.bytes.len() - self.lacking;
+        self.bytes.iter().enumerate().map(|(at, b)| (at < had).then_some(*b)).for_each(write_byte);
     }
 
     fn gdb_deserialize(&mut self, bytes: &[u8]) -> Result<(), ()> {
@@ -237,6 +246,7 @@ impl Registers for Regs {
             return Err(());
         }
         self.bytes = bytes.to_vec();
+        self.lacking = 0;
         Ok(())
     }
 }
@@ -246,7 +256,13 @@ impl Regs {
     pub fn of(state: &CpuState) -> Regs {
         let mut bytes = Vec::new();
         (0..definitions().len()).for_each(|n| bytes.extend(Reg(n).read(state)));
-        Regs { bytes, rip: state.rip }
+        let lacking = definitions()
+            .iter()
+            .enumerate()
+            .filter(|(n, _)| !Reg(*n).is_there(state))
+            .map(|(_, d)| d.size)
+            .sum();
+        Regs { bytes, rip: state.rip, lacking }
     }
 
     /// Into a vCPU.
@@ -262,6 +278,14 @@ impl Regs {
 }
 
 impl Reg {
+    /// Whether the vCPU has it: a CPU without AVX has no upper halves.
+    pub fn is_there(self, s: &CpuState) -> bool {
+        match definitions()[self.0] {
+            Definition { place: Place::Area(at, _), size, .. } => s.xsave.len() >= at + size,
+            _ => true,
+        }
+    }
+
     /// Its bytes; as many as its definition says.
     pub fn read(self, s: &CpuState) -> Vec<u8> {
         let d = &definitions()[self.0];
@@ -299,10 +323,10 @@ impl Reg {
         }
     }
 
-    /// Replace it by `value`, which has as many bytes as its definition says. What does not change is not touched.
+    /// Replace it by `value`, which has as many bytes as its definition says. What does not change, or is not there, is not touched.
     pub fn write(self, s: &mut CpuState, value: &[u8]) {
         let d = &definitions()[self.0];
-        if value.len() != d.size || self.read(s) == value {
+        if value.len() != d.size || !self.is_there(s) || self.read(s) == value {
             return;
         }
         let mut wide = [0; 8];
@@ -358,12 +382,14 @@ fn begin(s: &mut CpuState, component: u64) {
     if component == 0 || had & component != 0 || s.xsave.len() < 576 {
         return;
     }
-    if component == X87 {
-        s.xsave[..24].fill(0);
-        s.xsave[..2].copy_from_slice(&0x37f_u16.to_le_bytes());
-        s.xsave[32..160].fill(0);
-    } else {
-        s.xsave[160..416].fill(0);
+    match component {
+        X87 => {
+            s.xsave[..24].fill(0);
+            s.xsave[..2].copy_from_slice(&0x37f_u16.to_le_bytes());
+            s.xsave[32..160].fill(0);
+        }
+        SSE => s.xsave[160..416].fill(0),
+        _ => s.xsave[YMM_HIGH..].iter_mut().take(256).for_each(|b| *b = 0),
     }
     s.xsave[512..520].copy_from_slice(&(had | component).to_le_bytes());
 }
@@ -421,6 +447,32 @@ mod tests {
         let xmm0 = definitions().iter().take_while(|d| d.name != "xmm0").map(|d| d.size).sum::<usize>();
         assert_eq!(again.bytes[xmm0..xmm0 + 16 * 16 + 4 + 16], bytes[xmm0..xmm0 + 16 * 16 + 4 + 16]);
         assert!(changed.gdb_deserialize(&bytes[1..]).is_err());
+    }
+
+    #[test]
+    fn upper_halves_are_there_with_avx_alone() {
+        let serialized = |s: &CpuState| {
+            let mut out = Vec::new();
+            Regs::of(s).gdb_serialize(|b| out.push(b));
+            out
+        };
+        let mut s = state();
+        let without = serialized(&s);
+        assert!(without[without.len() - 256..].iter().all(Option::is_none));
+        assert!(without[..without.len() - 256].iter().all(Option::is_some));
+        let ymm = definitions().iter().position(|d| d.name == "ymm0h").unwrap();
+        Reg(ymm).write(&mut s, &[5; 16]);
+        assert_eq!(s, state(), "there is nothing to write to");
+        // In its initial state it is zero, whatever the area holds; writing one register sets the others to that.
+        s.xsave.resize(832, 0xaa);
+        assert_eq!(serialized(&s)[without.len() - 256..], [Some(0); 256]);
+        Reg(ymm + 1).write(&mut s, &[5; 16]);
+        assert_eq!(components(&s), AVX);
+        assert_eq!(
+            s.xsave[576..832],
+            [[0; 16], [5; 16]].concat().into_iter().chain([0; 224]).collect::<Vec<_>>()
+        );
+        assert_eq!(serialized(&s)[without.len() - 240..without.len() - 224], [Some(5); 16]);
     }
 
     #[test]

@@ -333,14 +333,18 @@ impl ThreadExtraInfo for Debuggee {
 
 impl SingleRegisterAccess<Tid> for Debuggee {
     fn read_register(&mut self, tid: Tid, reg: Reg, buf: &mut [u8]) -> TargetResult<usize, Self> {
-        let value = reg.read(&self.state(vcpu_of(tid))?);
-        let to = buf.get_mut(..value.len()).ok_or(TargetError::NonFatal)?;
+        let state = self.state(vcpu_of(tid))?;
+        let value = reg.read(&state);
+        let to = buf.get_mut(..value.len()).filter(|_| reg.is_there(&state)).ok_or(TargetError::NonFatal)?;
         to.copy_from_slice(&value);
         Ok(value.len())
     }
 
     fn write_register(&mut self, tid: Tid, reg: Reg, value: &[u8]) -> TargetResult<(), Self> {
         let mut state = self.state(vcpu_of(tid))?;
+        if !reg.is_there(&state) {
+            return Err(TargetError::NonFatal);
+        }
         reg.write(&mut state, value);
         self.set_state(vcpu_of(tid), state)
     }
