@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use support::tiny::Code;
@@ -54,17 +55,119 @@ fn vcpu_threads_have_names_and_run_where_they_should() {
     assert!(all.contains(&("vcpu1".into(), first)), "{all:?}");
 }
 
+/// What /proc says of the mapping whose line has `name` in it: field's name and value.
+fn mapping(g: &Guest, name: &str) -> HashMap<String, String> {
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", g.pid())).expect("its mappings");
+    let mut lines = maps.lines().skip_while(|l| !l.contains(name));
+    assert!(lines.next().is_some(), "no mapping {name}: {maps}");
+    let field = |l: &str| {
+        l.split_once(':').filter(|(k, _)| !k.contains(' ')).map(|(k, v)| (k.to_owned(), v.trim().to_owned()))
+    };
+    let all: HashMap<_, _> = lines.map_while(field).collect();
+    assert!(all.contains_key("VmFlags"), "{all:?}");
+    all
+}
+
+#[test]
+fn vcpu_threads_have_the_priority_that_was_asked_for() {
+    // Without the right, or in a control group without a share of real time.
+    let may = Command::new("chrt").args(["-f", "1", "true"]).output();
+    if !may.as_ref().is_ok_and(|o| o.status.success()) {
+        println!("skipped: no real-time priority to be had: {may:?}");
+        return;
+    }
+    let scratch = Scratch::new("realtime");
+    let g = idle(&scratch, &["--accel", "soft", "--memory", "64M", "--cpus", "2,realtime=7"]);
+    let stat = |name: &str| {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", g.pid())).expect("threads");
+        let stats = tasks.map(|t| std::fs::read_to_string(t.expect("a thread").path().join("stat")));
+        let stat = stats.map(|s| s.expect("a thread's state")).find(|s| s.contains(&format!("({name})")));
+        let stat = stat.expect("a thread of that name");
+        // Fields 40 and 41 of proc_pid_stat(5): priority and policy (1: SCHED_FIFO, 2: SCHED_RR).
+        let fields: Vec<String> =
+            stat.rsplit_once(") ").expect("fields").1.split(' ').map(str::to_owned).collect();
+        (fields[37].clone(), fields[38].clone())
+    };
+    for name in ["vcpu0", "vcpu1"] {
+        let (priority, policy) = stat(name);
+        assert!(priority == "7" && (policy == "1" || policy == "2"), "{name}: {priority}, policy {policy}");
+    }
+}
+
 #[test]
 fn memory_is_made_of_what_was_asked_for() {
     let scratch = Scratch::new("backing");
     let g = idle(&scratch, &["--accel", "soft", "--memory", "size=64M,shared=on,prealloc=on,thp=off"]);
-    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", g.pid())).expect("its mappings");
-    let ram = maps.split("guest-ram").nth(1).expect("a memory file");
-    let field = |name: &str| {
-        let line = ram.lines().find(|l| l.starts_with(name)).expect("a field");
-        line.split_whitespace().nth(1).expect("a number").parse::<u64>().expect("a number")
+    let ram = mapping(&g, "guest-ram");
+    assert_eq!((ram["Size"].as_str(), ram["Rss"].as_str()), ("65536 kB", "65536 kB"));
+}
+
+/// The host's pool of huge pages, made larger for a while.
+struct HugePages(String);
+
+impl HugePages {
+    const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+    /// None where there are no such pages to be had.
+    fn more(count: u64) -> Option<HugePages> {
+        let had = std::fs::read_to_string(Self::POOL).ok()?;
+        let wanted = had.trim().parse::<u64>().ok()? + count;
+        let pool = HugePages(had);
+        std::fs::write(Self::POOL, wanted.to_string()).ok()?;
+        let has = std::fs::read_to_string(Self::POOL).ok()?;
+        (has.trim().parse() == Ok(wanted)).then_some(pool)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::POOL, &self.0);
+    }
+}
+
+#[test]
+fn memory_of_huge_pages() {
+    let Some(_pool) = HugePages::more(16) else {
+        println!("skipped: the host has no huge pages to give");
+        return;
     };
-    assert_eq!((field("Size:"), field("Rss:")), (64 << 10, 64 << 10));
+    let scratch = Scratch::new("huge");
+    let engines: &[&str] =
+        if Path::new("/dev/kvm").exists() && root() { &["soft", "kvm"] } else { &["soft"] };
+    for engine in engines {
+        let g = idle(&scratch, &["--accel", engine, "--memory", "size=32M,hugepages=2M,prealloc=on"]);
+        let ram = mapping(&g, "hugepage");
+        assert_eq!(
+            (ram["Size"].as_str(), ram["KernelPageSize"].as_str()),
+            ("32768 kB", "2048 kB"),
+            "{engine}"
+        );
+        drop(g);
+    }
+    // One page more than there are.
+    let free = std::fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+        .expect("a number");
+    let size = format!("{}M,hugepages=2M", 2 * (free.trim().parse::<u64>().expect("a number") + 1));
+    let kernel = text(&scratch.0.join("kernel")).to_owned();
+    let said = refused(&mut ringfort(&["run", "--accel", "soft", "--kernel", &kernel, "--memory", &size]));
+    assert!(said.contains("nr_hugepages"), "{said}");
+}
+
+#[test]
+fn memory_that_the_host_may_merge() {
+    let on = "/sys/kernel/mm/ksm/run";
+    if !Path::new(on).exists() {
+        println!("skipped: the host's kernel merges no pages (no {on})");
+        return;
+    }
+    let scratch = Scratch::new("merge");
+    let flags = |memory: &str| {
+        let g = idle(&scratch, &["--accel", "soft", "--memory", memory]);
+        let maps = std::fs::read_to_string(format!("/proc/{}/smaps", g.pid())).expect("its mappings");
+        maps.lines().filter(|l| l.starts_with("VmFlags:") && l.split(' ').any(|f| f == "mg")).count()
+    };
+    assert_eq!(flags("64M"), 0);
+    assert!(flags("64M,merge=on") > 0);
 }
 
 #[test]
