@@ -23,24 +23,36 @@ fn kib_field(text: &str, name: &str) -> Option<u64> {
     value.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// Sum of the resident sizes of all mappings but those of the guest's RAM. Its mapping is as large as the RAM itself, and
-/// nothing else of a VMM that holds much is near that; adjoining pieces of one mapping that differ in their flags (as a
-/// guest's RAM with a protected page does) are taken together, but not with code, which is never the guest's RAM.
+/// A line of `smaps`: where it is, what of it is resident, and inode with whether it is executable.
+struct Piece<'a> {
+    start: u64,
+    end: u64,
+    resident: u64,
+    kind: (&'a str, bool),
+}
+
+/// Sum of the resident sizes of all mappings but those of the guest's RAM. That is one mapping of its very size, or adjoining pieces of
+/// one that differ in their flags (as a guest's RAM with a protected page does) and have that size together; never code. Where the kernel
+/// has made one mapping of it and of what lies next to it, all of that is taken for RAM.
 fn beyond_guest(smaps: &str, ram: u64) -> u64 {
-    let mut runs: Vec<(u64, u64, u64)> = Vec::new(); // start, end, resident
-    let mut run_kind = ("", false);
+    let mut pieces: Vec<Piece> = Vec::new();
     for line in smaps.lines() {
         if let Some((start, end, kind)) = header(line) {
-            match runs.last_mut() {
-                Some(last) if last.1 == start && run_kind == kind => last.1 = end,
-                _ => runs.push((start, end, 0)),
-            }
-            run_kind = kind;
-        } else if let (Some(kib), Some(last)) = (kib_field(line, "Rss:"), runs.last_mut()) {
-            last.2 += kib;
+            pieces.push(Piece { start, end, resident: 0, kind });
+        } else if let (Some(kib), Some(last)) = (kib_field(line, "Rss:"), pieces.last_mut()) {
+            last.resident += kib;
         }
     }
-    runs.iter().filter(|(start, end, _)| end - start < ram / 10 * 9).map(|(_, _, rss)| rss).sum()
+    let together = |a: &Piece, b: &Piece| a.end == b.start && a.kind == b.kind;
+    let resident = |pieces: &[Piece]| pieces.iter().map(|p| p.resident).sum::<u64>();
+    for first in 0..pieces.len() {
+        let run = pieces[first..].chunk_by(together).next().unwrap_or_default();
+        if let Some(last) = run.iter().position(|p| p.end - run[0].start == ram) {
+            return resident(&pieces) - resident(&run[..=last]);
+        }
+    }
+    let near = |run: &&[Piece]| run.last().map_or(0, |l| l.end) - run[0].start < ram / 10 * 9;
+    pieces.chunk_by(together).filter(near).map(resident).sum()
 }
 
 /// Start, end, and inode with whether it is executable, from a line such as `7f00-7f01 rw-p 00000000 00:00 0 [heap]`.
@@ -66,6 +78,12 @@ mod tests {
 7f0020000000-7f0020100000 rwxp 00000000 00:00 0 \nRss: 100 kB\n\
 7f0030000000-7f0030100000 rw-p 00000000 00:00 0 \nRss: 40 kB\nPss: 9 kB\n";
         assert_eq!(beyond_guest(smaps, 512 << 20), 740 << 10);
+        // What lies next to it, another mapping to the kernel, is not the guest's.
+        let next = smaps.replace("7f0030000000-7f0030100000", "7effffff0000-7f0000000000");
+        assert_eq!(beyond_guest(&next, 512 << 20), 740 << 10);
+        // One mapping of it and of more.
+        let wider = smaps.replace("7f0010001000-7f0020000000", "7f0010001000-7f0020200000");
+        assert_eq!(beyond_guest(&wider, 512 << 20), 740 << 10);
         assert_eq!(beyond_guest("", 512 << 20), 0);
         assert_eq!(header("Rss:  12 kB"), None);
     }

@@ -95,7 +95,8 @@ fn start(cli: &Cli, kernel: &Path) -> Result<Start, String> {
             let kib = number.parse::<u64>().unwrap_or(0);
             match key {
                 "Rss:" => resident += kib,
-                "Private_Dirty:" => own += kib,
+                // Not `Private_Dirty`: pages of a program that has just been built are that, too.
+                "Anonymous:" => own += kib,
                 _ => {}
             }
         }
