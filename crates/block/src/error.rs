@@ -9,6 +9,16 @@ pub enum BlockError {
     /// No such file.
     #[error("disk image {}: no such file; check the path, or create it (ringfort img create -f raw FILE SIZE)", .0.display())]
     NotFound(PathBuf),
+    /// A file that an image names is not there.
+    #[error("disk image {}: its {part} {} does not exist; put it back{}", image.display(), path.display(), if *.part == BACKING { format!(", or name another one (ringfort img rebase -u -F FORMAT -b FILE {})", image.display()) } else { String::new() })]
+    Missing {
+        /// The image that names it.
+        image: PathBuf,
+        /// What it is to the image.
+        part: &'static str,
+        /// The file.
+        path: PathBuf,
+    },
     /// A directory was named.
     #[error("disk image {}: is a directory; name a file or block device", .0.display())]
     Directory(PathBuf),
@@ -106,8 +116,27 @@ pub enum BlockError {
     },
 }
 
+/// What a backing file is to an image.
+pub(crate) const BACKING: &str = "backing file";
+
+/// What is wrong with an image, found while its tables are in use: the content of an [`io::Error`].
+#[derive(Debug, thiserror::Error)]
+#[error("the qcow2 image is damaged: {0}; run `ringfort img check` on it")]
+pub(crate) struct Damage(pub String);
+
 impl BlockError {
     pub(crate) fn host(path: &Path, action: &'static str, source: io::Error) -> BlockError {
-        BlockError::Host { path: path.into(), action, source }
+        match source.get_ref().and_then(|e| e.downcast_ref::<Damage>()) {
+            Some(Damage(what)) => BlockError::Damaged { path: path.into(), what: what.clone() },
+            None => BlockError::Host { path: path.into(), action, source },
+        }
+    }
+
+    /// The same of a file that `image` names, which is `part` of it: if the file is not there, it is said who wants it.
+    pub(crate) fn named_by(self, image: &Path, part: &'static str) -> BlockError {
+        match self {
+            BlockError::NotFound(path) => BlockError::Missing { image: image.into(), part, path },
+            other => other,
+        }
     }
 }

@@ -7,7 +7,7 @@ use crate::progress::Progress;
 use crate::{Done, Failure, Streams, open};
 use open::How;
 use ringfort_block::format::qcow2::Header;
-use ringfort_block::format::{Qcow2, detect, relative_to};
+use ringfort_block::format::{Qcow2, backing_of, detect};
 use ringfort_block::job::{self, Job};
 use ringfort_block::node::Joint;
 use ringfort_block::storage::FileStorage;
@@ -43,7 +43,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
                 _ => none(),
             });
         };
-        let below = relative_to(&path, name);
+        let below = backing_of(&path, name)?;
         let format = open::format(header.backing_format.as_deref())?;
         layers.push((file, header));
         let here = match p.value("b") {

@@ -7,7 +7,7 @@ use ringfort_block::format::qcow2::header::{
     AUTOCLEAR_RAW_DATA, COMPAT_LAZY, Header, INCOMPAT_CORRUPT, INCOMPAT_DIRTY,
 };
 use ringfort_block::format::qcow2::snapshot::Snapshot;
-use ringfort_block::format::{Qcow2, detect, relative_to};
+use ringfort_block::format::{Qcow2, backing_of, detect, relative_to};
 use ringfort_block::{Format, ImageOptions, open_storage_image};
 use serde_json::{Map, Value, json};
 
@@ -63,7 +63,7 @@ pub fn run(arguments: &[String], s: &mut Streams<'_>) -> Done {
                 };
                 let header = q.header();
                 if let (Some(name), true) = (&header.backing, p.has("backing-chain")) {
-                    let below = relative_to(q.path(), name).to_string_lossy().into_owned();
+                    let below = backing_of(q.path(), name)?.to_string_lossy().into_owned();
                     next = Some((below, open::format(header.backing_format.as_deref())?));
                 }
                 let virtual_size = header.size;

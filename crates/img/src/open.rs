@@ -4,7 +4,7 @@ use crate::Failure;
 use crate::args::{Cache, Parsed, pairs};
 use ringfort_block::format::{Qcow2, detect};
 use ringfort_block::storage::{FileStorage, StorageOptions};
-use ringfort_block::{BlockBackend, Format, ImageOptions, open_storage_image};
+use ringfort_block::{BlockBackend, BlockError, Format, ImageOptions, open_storage_image};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -136,7 +136,19 @@ pub fn qcow2(
         None => detect(&file)?,
     };
     match format {
-        Format::Qcow2 => Ok(Some(Qcow2::open(file, &options(self::options(format, how.read_only, p)))?)),
+        Format::Qcow2 => {
+            let options = options(self::options(format, how.read_only, p));
+            Qcow2::open(file, &options).map(Some).map_err(|e| match e {
+                // Whoever is about to mend it is not sent to what mends it.
+                BlockError::Damaged { path, what } if options.repairing => {
+                    let path = path.display();
+                    Failure::new(format!(
+                        "disk image {path}: damaged: {what}; this cannot be mended: restore a backup"
+                    ))
+                }
+                other => other.into(),
+            })
+        }
         _ => Ok(None),
     }
 }

@@ -133,7 +133,7 @@ fn loops_and_missing_files_are_refused() {
     }
     ok(ours(&["rebase", "-u", "-b", "missing", "-F", "qcow2", &base]));
     let said = ours(&["convert", "-O", "raw", &top, &d.path("x")]);
-    assert!(said.0 == 1 && said.2.contains("missing") && said.2.contains("no such file"), "{}", said.2);
+    assert!(said.0 == 1 && said.2.contains("missing") && said.2.contains(&base), "{}", said.2);
     assert!(!std::path::Path::new(&d.path("x")).exists());
 }
 

@@ -7,6 +7,7 @@ mod raw;
 pub use qcow2::Qcow2;
 pub use raw::Raw;
 
+use crate::error::BACKING;
 use crate::node::Joint;
 use crate::storage::{FileStorage, StorageOptions};
 use crate::{BlockBackend, BlockError, SharedSliceMut};
@@ -211,6 +212,18 @@ pub fn relative_to(image: &Path, name: &str) -> PathBuf {
     }
 }
 
+/// The file below an image in `image` that names it so.
+///
+/// # Errors
+/// [`BlockError::Missing`] if there is no such file.
+pub fn backing_of(image: &Path, name: &str) -> Result<PathBuf, BlockError> {
+    let path = relative_to(image, name);
+    match path.try_exists() {
+        Ok(false) => Err(BlockError::NotFound(path).named_by(image, BACKING)),
+        _ => Ok(path),
+    }
+}
+
 /// The external data file that an image in `image` means by `name`. QEMU starts relative names at the working folder,
 /// which is where they are looked for first; an image that was moved along with its data file finds it beside itself.
 pub fn data_file_of(image: &Path, name: &str) -> PathBuf {
@@ -256,7 +269,7 @@ fn open_backing(
     };
     let below =
         ImageOptions { format, read_only: true, backing_trusted: false, repairing: false, ..*options };
-    let storage = open_storage(&relative_to(path, name), &below)?;
+    let storage = open_storage(&relative_to(path, name), &below).map_err(|e| e.named_by(path, BACKING))?;
     let chain = chain.with(path, &storage)?;
     Ok(Arc::new(Joint::new(open_storage_as(storage, &below, &chain)?)))
 }

@@ -200,7 +200,7 @@ fn open_parent(
         repairing: false,
         ..*options
     };
-    let storage = open_storage(&file_beside(path, name)?, &below)?;
+    let storage = open_storage(&file_beside(path, name)?, &below).map_err(|e| e.named_by(path, "parent"))?;
     let chain = chain.with(path, &storage)?;
     open_storage_as(storage, &below, &chain)
 }

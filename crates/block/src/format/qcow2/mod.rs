@@ -125,7 +125,8 @@ impl Qcow2 {
                     direct: options.direct,
                     lock: options.lock,
                 };
-                Some(FileStorage::open_any_size(&super::data_file_of(path, name), options)?)
+                let file = FileStorage::open_any_size(&super::data_file_of(path, name), options);
+                Some(file.map_err(|e| e.named_by(path, "external data file"))?)
             }
             (None, true) => {
                 return Err(BlockError::Damaged {

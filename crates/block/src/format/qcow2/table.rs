@@ -1,5 +1,6 @@
 //! Metadata tables kept in memory: L2 tables and refcount blocks, each one cluster of big-endian numbers.
 
+use crate::error::Damage;
 use crate::storage::FileStorage;
 use crate::{SharedSlice, SharedSliceMut};
 use std::collections::HashMap;
@@ -249,8 +250,5 @@ pub fn write_pieces(file: &FileStorage, pieces: &[Piece]) -> io::Result<()> {
 
 /// What is wrong with an image, found while it is in use.
 pub fn damaged(what: String) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidData,
-        format!("the qcow2 image is damaged: {what}; run `ringfort img check` on it"),
-    )
+    io::Error::new(io::ErrorKind::InvalidData, Damage(what))
 }
