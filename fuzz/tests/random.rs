@@ -65,4 +65,7 @@ fn what_was_found_once_stays_mended() {
     ringfort_fuzz::disk_qcow2(&[0x0a, 0x08, 0x32, 0x0a, 0x40]);
     // A snapshot of a disk whose table names a cluster far behind the file.
     ringfort_fuzz::disk_qcow2(&[0x0a, 0x0a, 0x22, 0x22, 0x0c]);
+    // A state file with a line break in the name of a stream.
+    let stream = [&b"\x41\x5d\0\0\x12\x21C\n"[..], &[0; 29], &[0xff; 6], &[0; 4]].concat();
+    ringfort_fuzz::state_file(&stream);
 }

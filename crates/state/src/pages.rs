@@ -192,8 +192,7 @@ impl<R: Read> PagesReader<R> {
             };
         }
         self.take(usize::from(len), &mut crc)?;
-        let name = String::from_utf8(self.payload.clone());
-        let name = name.map_err(|_| StateError::Stream("stream name is not text".into()))?;
+        let name = crate::stream::plain_name(&self.payload, "stream")?;
         let instance = u32::from_le_bytes(self.array(&mut crc)?);
         self.name = format!("stream {name} #{instance}");
         self.check(crc)?;

@@ -98,9 +98,7 @@ impl<R: Read> Reader<R> {
         if name_len == 0 {
             return Ok(None);
         }
-        let name = self.take(usize::from(name_len), &mut crc)?;
-        let kind =
-            String::from_utf8(name).map_err(|_| StateError::Stream("section name is not text".into()))?;
+        let kind = plain_name(&self.take(usize::from(name_len), &mut crc)?, "section")?;
         let instance = self.take_u32(&mut crc)?;
         let version = self.take_u32(&mut crc)?;
         let len = self.take_u32(&mut crc)? as usize;
@@ -135,6 +133,14 @@ impl<R: Read> Reader<R> {
     fn take_u32(&mut self, crc: &mut crc32fast::Hasher) -> Result<u32, StateError> {
         let b = self.take(4, crc)?;
         Ok(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+    }
+}
+
+/// The name of a section or stream, which goes into messages of one line and into JSON: printable ASCII.
+pub(crate) fn plain_name(bytes: &[u8], what: &str) -> Result<String, StateError> {
+    match std::str::from_utf8(bytes) {
+        Ok(name) if name.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) => Ok(name.to_owned()),
+        _ => Err(StateError::Stream(format!("is damaged (the name of a {what} is no printable text)"))),
     }
 }
 
@@ -175,6 +181,17 @@ mod tests {
         assert!(said(b"RFSTATE2....").contains("format version 2"));
         assert!(said(b"QFI\xfb........").contains("no saved state"));
         assert!(said(b"RFST").contains("cut short"));
+    }
+
+    #[test]
+    fn names_are_printable() {
+        for name in ["p\nt", "\u{2028}", "p\u{7f}t", "p\0t"] {
+            let mut w = Writer::new(Vec::new()).unwrap();
+            w.section(&Section::new(name, 0, 1, &1u8)).unwrap();
+            let bytes = w.finish().unwrap();
+            let said = Reader::new(&bytes[..]).unwrap().next_section().err().unwrap().to_string();
+            assert!(said.contains("printable") && !said.contains(name), "{said}");
+        }
     }
 
     #[test]
