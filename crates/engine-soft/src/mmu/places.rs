@@ -8,6 +8,7 @@
 use super::tlb::TLB_ENTRIES;
 use crate::hash::BuildKeyHasher;
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 
 /// Entries; places beyond share them.
 pub const PLACES: usize = 2048;
@@ -17,8 +18,10 @@ const CHUNK: usize = 64;
 pub const PATIENCE: u32 = 128;
 /// Large pages remembered.
 const MOST_LARGE: usize = 256;
-/// The page of an entry that holds none. Not canonical, so never a translation's; whoever guesses it reads and writes [`Nowhere`].
-const NO_PAGE: u64 = 0xa5c3_5a96_e17d_b000;
+/// What makes a page's address one that is not canonical, however many bits linear addresses have: bits 62 and 63 differ.
+const NOT_CANONICAL: u64 = 1 << 63;
+/// The bits of the page of an entry that holds none which chance decides.
+const CHANCE: u64 = (1 << 62) - 0x1000;
 
 /// One place's page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +33,7 @@ pub struct Place {
     pub addend: u64,
 }
 
-/// Where the addresses of [`NO_PAGE`] lead.
+/// Where the addresses of a page that is none lead.
 #[repr(C, align(4096))]
 struct Nowhere(std::cell::UnsafeCell<[u8; 8192]>);
 
@@ -39,9 +42,13 @@ unsafe impl Sync for Nowhere {}
 
 static NOWHERE: Nowhere = Nowhere(std::cell::UnsafeCell::new([0; 8192]));
 
-/// An entry that holds no page.
-fn none() -> Place {
-    Place { page: NO_PAGE, addend: (NOWHERE.0.get() as u64).wrapping_sub(NO_PAGE) }
+impl Place {
+    /// For entries that hold no page. Every page is one that the guest can ask for, as all that is compared is 64 bits of an address. So the page
+    /// is never a translation's, as it is not canonical, and one of 2^50 that nobody can know: whoever tries them finds a fault at each.
+    fn none() -> Place {
+        let page = NOT_CANONICAL | RandomState::new().hash_one(0) & CHANCE;
+        Place { page, addend: (NOWHERE.0.get() as u64).wrapping_sub(page) }
+    }
 }
 
 /// The places of a TLB set. The layout is known to generated code.
@@ -65,6 +72,8 @@ pub struct Places {
     large: HashSet<u64, BuildKeyHasher>,
     /// A page of 1 GiB may have been entered.
     huge: bool,
+    /// What an entry is that holds no page.
+    none: Place,
 }
 
 impl Places {
@@ -73,9 +82,11 @@ impl Places {
     /// # Safety
     /// `at` is valid for writes.
     pub unsafe fn init(at: *mut Places, local: bool) {
+        let none = Place::none();
         // SAFETY: by the caller's word; each field is written as a whole.
         unsafe {
-            (&raw mut (*at).entries).write([none(); PLACES]);
+            (&raw mut (*at).entries).write([none; PLACES]);
+            (&raw mut (*at).none).write(none);
             (&raw mut (*at).patience).write([PATIENCE; PLACES]);
             (&raw mut (*at).pages).write([0; TLB_ENTRIES]);
             (&raw mut (*at).stores).write([0; TLB_ENTRIES]);
@@ -109,7 +120,7 @@ impl Places {
         let mut some = false;
         for (n, dirty) in self.dirty.iter_mut().enumerate() {
             if std::mem::take(dirty) != 0 {
-                self.entries[n * CHUNK..(n + 1) * CHUNK].fill(none());
+                self.entries[n * CHUNK..(n + 1) * CHUNK].fill(self.none);
                 some = true;
             }
         }
@@ -144,9 +155,27 @@ impl Places {
         for (n, _) in self.dirty.iter().enumerate().filter(|d| *d.1 != 0) {
             for p in &mut self.entries[n * CHUNK..(n + 1) * CHUNK] {
                 if which(p) {
-                    *p = none();
+                    *p = self.none;
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_page_is_not_canonical_and_no_constant() {
+        let (a, b) = (Place::none(), Place::none());
+        for p in [a, b] {
+            for bits in [48, 57] {
+                assert_ne!((p.page << (64 - bits)) as i64 >> (64 - bits), p.page as i64, "{bits} bits");
+            }
+            assert_eq!(p.page & 0xfff, 0);
+            assert_eq!(p.page.wrapping_add(p.addend), NOWHERE.0.get() as u64);
+        }
+        assert_ne!(a.page, b.page);
     }
 }

@@ -19,6 +19,10 @@ use std::mem::offset_of;
 
 /// Places that several accesses share because they go to the same page; further ones belong to one access each.
 const SHARED: u16 = 1536;
+/// Places of the others.
+const OWN: usize = PLACES - SHARED as usize;
+/// Accesses whose site is known, 16 bytes each. What is forgotten may miss a better translation, nothing else.
+const MOST_SITES: usize = 256 * OWN;
 /// A place misses too often if it takes no more ticks than this from one miss to the next.
 const SELDOM: u64 = 300;
 
@@ -42,9 +46,10 @@ pub(super) enum Which {
 
 /// All accesses that remember.
 pub(super) struct Recall {
-    sites: HashMap<u64, Site, BuildKeyHasher>,
-    /// The place that one access gets next, and which number among those that had it.
-    next: (u16, u16),
+    /// By number among those that have a place of their own; of the last [`MOST_SITES`] of them.
+    sites: Vec<Site>,
+    /// Accesses with a place of their own so far.
+    own: usize,
     /// When each place's patience ended last.
     ended: Box<[u64; PLACES]>,
     /// For blocks which of their instructions do not remember.
@@ -64,18 +69,13 @@ pub(super) struct Recalled {
 
 impl Recall {
     pub fn new() -> Recall {
-        Recall {
-            sites: HashMap::default(),
-            next: (SHARED, 0),
-            ended: Box::new([0; PLACES]),
-            probing: HashMap::default(),
-        }
+        Recall { sites: Vec::new(), own: 0, ended: Box::new([0; PLACES]), probing: HashMap::default() }
     }
 
     /// Nothing is translated any more.
     pub fn clear(&mut self) {
         self.sites.clear();
-        self.next = (SHARED, 0);
+        self.own = 0;
         self.probing.clear();
     }
 
@@ -86,20 +86,23 @@ impl Recall {
 
     /// The number of an access: its place's, and from [`PLACES`] on what tells it from others that have the same.
     fn add(&mut self, which: Which, write: bool, site: Site) -> u32 {
-        let (place, n) = self.next;
-        match which {
-            Which::Fixed(place) => return u32::from(place | u16::from(write)),
-            Which::Own => {
-                self.next = if usize::from(place) + 1 < PLACES {
-                    (place + 1, n)
-                } else {
-                    (SHARED, n.wrapping_add(1))
-                };
-            }
+        if let Which::Fixed(place) = which {
+            return u32::from(place | u16::from(write));
         }
-        let id = ((u32::from(n) * PLACES as u32) & IDS) | u32::from(place);
-        self.sites.insert(id.into(), site);
-        id
+        let n = self.own % MOST_SITES;
+        self.own += 1;
+        match self.sites.get_mut(n) {
+            Some(of_old) => *of_old = site,
+            None => self.sites.push(site),
+        }
+        (n / OWN * PLACES + usize::from(SHARED) + n % OWN) as u32
+    }
+
+    /// The site of the access with this number, unless its place is shared. That of a later one where there were too many.
+    fn site(&self, id: u32) -> Option<Site> {
+        let (round, place) = (id as usize / PLACES, id as usize % PLACES);
+        let own = place.checked_sub(SHARED.into())?;
+        self.sites.get(round * OWN + own).copied()
     }
 }
 
@@ -117,6 +120,7 @@ fn place(id: u32, field: usize) -> i32 {
 const IDS: u32 = 0xff_ffff;
 
 const _: () = assert!(size_of::<Place>() == 16 && PLACES.is_power_of_two() && PLACES > SHARED as usize);
+const _: () = assert!(MOST_SITES / OWN * PLACES <= IDS as usize + 1);
 
 /// The place of loads from what `n` stands for; stores have the next one, as a page may be there to be read only.
 fn shared(n: u64) -> u16 {
@@ -318,7 +322,7 @@ pub(super) fn stub(c: &mut Code, write: bool, fast_pext: bool, saved: &Saved) {
 impl Translator {
     /// The block and instruction of a place that misses too often.
     fn misses_too_often(&mut self, id: u32, now: u64) -> Option<Site> {
-        let site = self.recall.sites.get(&u64::from(id)).copied();
+        let site = self.recall.site(id);
         let ended = &mut self.recall.ended[id as usize % PLACES];
         let took = now.wrapping_sub(std::mem::replace(ended, now));
         if took > SELDOM * u64::from(PATIENCE) {
@@ -350,5 +354,32 @@ impl Cpu {
         {
             t.divert(old, b.code.get());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sites_are_found_by_number_and_bounded() {
+        let mut recall = Recall::new();
+        let add = |recall: &mut Recall, n: usize| {
+            recall.add(Which::Own, false, Site { block: n as u64, op: (n % 64) as u8 })
+        };
+        let ids: Vec<u32> = (0..MOST_SITES).map(|n| add(&mut recall, n)).collect();
+        for (n, &id) in ids.iter().enumerate() {
+            assert!((usize::from(SHARED)..PLACES).contains(&(id as usize % PLACES)) && id <= IDS);
+            assert_eq!(recall.site(id).map(|s| (s.block, s.op)), Some((n as u64, (n % 64) as u8)));
+        }
+        for n in MOST_SITES..MOST_SITES + 10 {
+            let id = add(&mut recall, n);
+            assert_eq!(recall.site(id).map(|s| s.block), Some(n as u64));
+        }
+        assert_eq!(recall.sites.len(), MOST_SITES);
+        let shared = recall.add(Which::Fixed(6), true, Site { block: 0, op: 0 });
+        assert!(shared == 7 && recall.site(shared).is_none());
+        recall.clear();
+        assert!(recall.site(ids[0]).is_none());
     }
 }

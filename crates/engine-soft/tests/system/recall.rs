@@ -329,3 +329,21 @@ fn string_instructions_over_several_pages() {
     });
     assert_eq!(g.m.read(PAGE + 0x5000, 0x1ff0), source[8..0x1ff8]);
 }
+
+/// Accesses that remember nothing yet are at no page, also not at one that cannot be: this is what stood for none once.
+#[test]
+fn no_page_is_where_nothing_was_found_before() {
+    const ONCE: u64 = 0xa5c3_5a96_e17d_b000;
+    for store in [false, true] {
+        let mut g = guest();
+        g.cpu().regs[gpr::RSI] = ONCE;
+        g.code(|a| {
+            repeat(a, 5, |a| match store {
+                false => a.mov(rax, qword_ptr(rsi + 8)).unwrap(),
+                true => a.mov(qword_ptr(rsi + 8), rax).unwrap(),
+            });
+            a.hlt().unwrap();
+        });
+        assert_eq!((g.run(), g.stack(0)), (End::Vector(13), 0), "store {store}");
+    }
+}
