@@ -17,7 +17,7 @@ pub fn decoder(data: &[u8]) {
         1 => (CodeSize::Bits32, 4),
         _ => (CodeSize::Bits64, 8),
     };
-    let mode = Mode { code, stack, flat: choice & 4 != 0 };
+    let mode = Mode { code, stack, flat: choice & 4 != 0, real: choice & 8 != 0 };
     let table = CpuidTable::default();
     let features = FeatureSet::from_cpuid(&table);
     let code = input.rest();

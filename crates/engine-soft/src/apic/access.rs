@@ -12,6 +12,8 @@ pub(super) const BASE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 pub(super) const SVR_BITS: u32 = 0x3ff;
 /// Last MSR of the x2APIC range.
 const X2APIC_LAST: u32 = msr::X2APIC_BASE + 0xff;
+/// Bits of the x2APIC ICR that are reserved (Intel SDM 3A figure 12-28). Delivery status, which is gone, is not among them, as on KVM.
+const ICR_RESERVED: u64 = 0xfff3_2000;
 /// LVT: delivery status; reads as zero here, since nothing stays on its way.
 const LVT_STATUS: u32 = 1 << 12;
 
@@ -194,6 +196,9 @@ impl Cpu {
     /// Write the x2APIC MSR at `n`; false for #GP.
     fn write_x2apic(&mut self, n: usize, v: u64) -> bool {
         if n == reg::ICR {
+            if v & ICR_RESERVED != 0 {
+                return false;
+            }
             let (low, high) = (v as u32, (v >> 32) as u32);
             self.env.me.lapic.set(reg::ICR2, high);
             return matches!(self.write_register(n, low, true), Access::Done(_));

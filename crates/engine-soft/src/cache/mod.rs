@@ -351,10 +351,10 @@ impl Cpu {
             && flat_data(SS)
             && flat_data(DS)
             && flat_data(ES);
-        Mode { code: self.code_size, stack: self.stack_size(), flat }
+        Mode { code: self.code_size, stack: self.stack_size(), flat, real: self.real_segments() }
     }
 
-    /// Recompute the key of the decoding mode; after any change of CS, SS, DS, ES, EFER or RFLAGS.VM.
+    /// Recompute the key of the decoding mode; after any change of CS, SS, DS, ES, CR0.PE, EFER or RFLAGS.VM.
     pub fn update_decode_mode(&mut self) {
         self.update_code_size();
         self.mode = self.decode_mode();

@@ -276,9 +276,9 @@ impl Cpu {
     /// # Errors
     /// #GP(0) for an unknown type, reserved bits, a non-canonical address, or a PCID while CR4.PCIDE is clear.
     pub fn invpcid(&mut self, kind: u64, pcid: u64, lin: u64) -> Result<(), Trap> {
-        let reserved = pcid >> 12 != 0;
+        let reserved = kind > 3 || pcid >> 12 != 0;
         let no_pcids = self.cr4 & CR4_PCIDE == 0 && pcid != 0;
-        if kind > 3 || kind < 2 && (reserved || no_pcids) || kind == 0 && !canonical(lin) {
+        if reserved || kind < 2 && no_pcids || kind == 0 && !canonical(lin) {
             return Err(self.gp(0));
         }
         match kind {

@@ -202,8 +202,6 @@ pub struct Cpu {
     pub nmi_blocked: bool,
     /// What it is doing.
     pub activity: Activity,
-    /// The current instruction loaded RF (IRET, task switch): it counts for the next one.
-    pub loaded_rf: bool,
     /// The current instruction suppresses the single-step trap that TF would bring after it.
     pub no_step_trap: bool,
     /// Interrupts and time, as far as they are this thread's own.

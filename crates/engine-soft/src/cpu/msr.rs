@@ -26,6 +26,13 @@ const AMD_EX_CFG: u32 = 0xc001_102c;
 const UCODE_WRITE: u32 = 0x79;
 const EBL_CR_POWERON: u32 = 0x2a;
 const PERF_STATUS: u32 = 0x198;
+const PERF_CTL: u32 = 0x199;
+/// Last branch and last interrupt, from and to, of the P6.
+const LAST_BRANCH_FROM: u32 = 0x1db;
+const LAST_INTERRUPT_TO: u32 = 0x1de;
+const AMD_INTERRUPT_PENDING: u32 = 0xc001_0055;
+const AMD_MMIO_CONFIGURATION: u32 = 0xc001_0058;
+const AMD_TW_CFG: u32 = 0xc001_1023;
 
 /// Memory types that PAT and MTRRs can name: UC, WC, WT, WP, WB, and UC- for PAT only.
 fn memory_type(t: u64, pat: bool) -> bool {
@@ -141,13 +148,25 @@ impl Cpu {
             AMD_VIRT_SPEC_CTRL if self.declares(0x8000_0008, 1, 25) => self.stored(n, 0),
             // Errata that systems work around: none that matter here (AMD APM 2 appendix D).
             AMD_OSVW_ID_LENGTH | AMD_OSVW_STATUS if self.declares(0x8000_0001, 2, 9) => self.stored(n, 0),
-            AMD_SYSCFG | AMD_TSEG_ADDR | AMD_TSEG_MASK | AMD_HSAVE | AMD_NB_CFG | AMD_PATCH_LOADER
-            | AMD_BU_CFG2 | AMD_DC_CFG | AMD_EX_CFG
+            AMD_SYSCFG
+            | AMD_TSEG_ADDR
+            | AMD_TSEG_MASK
+            | AMD_HSAVE
+            | AMD_NB_CFG
+            | AMD_PATCH_LOADER
+            | AMD_BU_CFG2
+            | AMD_DC_CFG
+            | AMD_EX_CFG
+            | AMD_INTERRUPT_PENDING
+            | AMD_MMIO_CONFIGURATION
+            | AMD_TW_CFG
                 if self.amd =>
             {
                 0
             }
             IA32_PLATFORM_ID | EBL_CR_POWERON | IA32_DEBUGCTL => 0,
+            // What older systems read and write without asking; nothing stands behind them.
+            PERF_CTL | LAST_BRANCH_FROM..=LAST_INTERRUPT_TO => 0,
             PERF_STATUS if !self.amd => 1000 | 4 << 40,
             // RAPL's units and counters: no energy is counted.
             0x606 | 0x611 | 0x619 | 0x639 | 0x641 if !self.amd => 0,
@@ -257,9 +276,21 @@ impl Cpu {
             // Bits that mean something here: McStatusWrEn; the rest that systems set (TscFreqSel, ...) is kept as it is harmless.
             AMD_HWCR => v & (1 << 18 | 1 << 24 | 1 << 27),
             AMD_DE_CFG => v & (1 << 1 | 1 << 9),
-            AMD_SYSCFG | AMD_TSEG_ADDR | AMD_TSEG_MASK | AMD_HSAVE | AMD_NB_CFG | AMD_BU_CFG2
-            | AMD_DC_CFG | AMD_EX_CFG => return true,
-            EBL_CR_POWERON => return true,
+            AMD_SYSCFG
+            | AMD_TSEG_ADDR
+            | AMD_TSEG_MASK
+            | AMD_HSAVE
+            | AMD_NB_CFG
+            | AMD_BU_CFG2
+            | AMD_DC_CFG
+            | AMD_EX_CFG
+            | AMD_INTERRUPT_PENDING
+            | AMD_MMIO_CONFIGURATION
+            | AMD_TW_CFG => {
+                return true;
+            }
+            EBL_CR_POWERON | PERF_CTL => return true,
+            LAST_BRANCH_FROM..=LAST_INTERRUPT_TO => return false,
             0x606..=0x641 => return false,
             _ => v,
         };

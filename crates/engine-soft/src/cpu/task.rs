@@ -188,7 +188,6 @@ impl Cpu {
             flags |= NT;
         }
         self.set_rflags_raw(flags);
-        self.loaded_rf = flags & RF != 0;
         // DR7's local enable bits are cleared by a switch.
         self.dr7 &= !0x155;
         self.update_watched();

@@ -360,7 +360,6 @@ impl Cpu {
             self.set_stack_pointer(&stack);
             self.enter_code(cs, ip);
         }
-        self.loaded_rf = mask & flags & RF != 0;
         self.write_rflags(flags, mask);
         self.nmi_blocked = false;
         Ok(())
@@ -392,7 +391,6 @@ impl Cpu {
         stack.sp = stack.offset(3 * size as u64);
         self.set_stack_pointer(&stack);
         let mask = ARITH | TF | DF | NT | IF | IOPL | if size > 2 { RF | AC | ID } else { 0 };
-        self.loaded_rf = mask & v[2] & RF != 0;
         self.write_rflags(v[2], mask);
         self.nmi_blocked = false;
         Ok(())
@@ -420,7 +418,6 @@ impl Cpu {
         self.real_jump(v[1] as u16, v[0])?;
         stack.sp = stack.offset(3 * size as u64);
         self.set_stack_pointer(&stack);
-        self.loaded_rf = mask & flags & RF != 0;
         self.write_rflags(flags, mask);
         self.nmi_blocked = false;
         Ok(())
@@ -434,7 +431,6 @@ impl Cpu {
             return Err(self.gp(0));
         }
         self.set_rflags_raw(flags);
-        self.loaded_rf = flags & RF != 0;
         self.cpl = 3;
         self.load_v86_segments([v[2] as u16, cs, v[1] as u16, v[3] as u16, v[4] as u16, v[5] as u16]);
         self.regs[gpr::RSP] = v[0];

@@ -11,7 +11,7 @@ pub use features::FeatureSet;
 pub use fetch::{Fetched, decoder, next, options};
 
 use crate::cpu::{CodeSize, Cpu, RIP, Trap, ZERO};
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, OpKind, Register};
 use ringfort_x86::segment::CS;
 
 /// What a handler says about how execution goes on.
@@ -106,12 +106,14 @@ pub struct Mode {
     pub stack: u8,
     /// Protected mode with flat 4 GiB read-write segments in ES, SS, DS and a flat CS (only looked at for 32-bit code).
     pub flat: bool,
+    /// Real or virtual-8086 mode, where VEX-encoded instructions do not exist.
+    pub real: bool,
 }
 
 impl Mode {
     /// As a small number, for keys.
     pub fn key(self) -> u64 {
-        self.code as u64 | u64::from(self.stack) << 2 | u64::from(self.flat) << 6
+        self.code as u64 | u64::from(self.stack) << 2 | u64::from(self.flat) << 6 | u64::from(self.real) << 7
     }
 }
 
@@ -151,7 +153,7 @@ impl Ctx<'_> {
 /// Choose the handler for `i`, which begins `off` bytes into its page.
 pub fn lower(i: &Instruction, bytes: &[u8], off: u16, mode: Mode, features: &FeatureSet) -> Op {
     let mut op = generic(i, off, mode);
-    if !features.allows(i) {
+    if !features.allows(i) || mode.real && i.encoding() == EncodingKind::VEX {
         op.run = undefined;
         op.flags |= op_flags::END;
         return op;

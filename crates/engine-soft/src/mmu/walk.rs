@@ -79,7 +79,8 @@ impl Cpu {
             user: m == mode::USER,
             user_pages: m != mode::SUPERVISOR,
             wp: self.cr0 & CR0_WP != 0,
-            nx: self.efer & EFER_NXE != 0,
+            // The old tables have no bit for it.
+            nx: self.efer & EFER_NXE != 0 && self.cr4 & CR4_PAE != 0,
             smep: self.cr4 & CR4_SMEP != 0,
             pge: self.cr4 & CR4_PGE != 0,
             reserved: self.mmu.reserved_addr | pae_only,

@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn looking_ahead() {
-        let mode = Mode { code: CodeSize::Bits64, stack: 8, flat: false };
+        let mode = Mode { code: CodeSize::Bits64, stack: 8, flat: false, real: false };
         // mov eax, ebx; xor ecx, ecx
         assert_eq!(wanted(&[0x89, 0xd8, 0x31, 0xc9], mode, 0), 0);
         // inc eax; jc

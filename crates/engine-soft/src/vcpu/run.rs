@@ -2,7 +2,7 @@
 
 use crate::cache::Block;
 use crate::cpu::{Activity, Cpu, RIP, Shadow, Trap, TrapInfo};
-use crate::decode::{Exec, Flow, Op};
+use crate::decode::{Exec, Flow, Op, op_flags};
 use crate::translate::After;
 use ringfort_engine::VcpuExit;
 use ringfort_x86::cr::DR6_BS;
@@ -183,7 +183,6 @@ impl Cpu {
         {
             return;
         }
-        let resume = self.sys_flags & RF;
         let block = match self.find_block(true) {
             Ok(b) => b,
             Err(t) => return self.deliver_trap(t, None),
@@ -192,11 +191,20 @@ impl Cpu {
         let op: &Op = unsafe { &(&*block).ops()[0] };
         self.enter_page(op.off.into());
         self.block_end = std::ptr::null();
-        // Instructions that ran outside single steps may have left these behind.
-        self.loaded_rf = false;
+        // Instructions that ran outside single steps may have left this behind.
         self.no_step_trap = false;
+        // RF has done its work (Intel SDM 3B section 17.3.1.1); some instructions load it anew.
+        self.sys_flags &= !RF;
+        let here = self.this_ip(op);
         match (op.run)(self, op) {
             Ok(Flow::Next | Flow::EndBlock) => self.advance(op),
+            // A repeated instruction that is not done: it is not to meet its breakpoint again.
+            Ok(Flow::Branch)
+                if op.flags & (op_flags::REP | op_flags::REPNE) != 0
+                    && self.regs[usize::from(RIP)] == here =>
+            {
+                self.sys_flags |= RF;
+            }
             Ok(Flow::Branch) => {}
             Err(t) => {
                 self.deliver_trap(t, Some(op));
@@ -206,11 +214,6 @@ impl Cpu {
                 return;
             }
         }
-        // RF lasts for one instruction, unless that instruction has just loaded it (IRET, task switch).
-        if resume != 0 && !self.loaded_rf {
-            self.sys_flags &= !RF;
-        }
-        self.loaded_rf = false;
         if shadow != Shadow::None && self.shadow == Shadow::None {
             self.interrupts_maybe();
         }
@@ -241,15 +244,11 @@ impl Cpu {
             // SAFETY: the op belongs to a block that is still held.
             let op = unsafe { &*op };
             self.regs[usize::from(RIP)] = self.this_ip(op);
-            if self.trap.non_canonical
-                && usize::from(op.seg) == SS
-                && op.flags & crate::decode::op_flags::MEM != 0
-            {
+            if self.trap.non_canonical && usize::from(op.seg) == SS && op.flags & op_flags::MEM != 0 {
                 self.trap.vector = ringfort_x86::Vector::StackFault as u8;
             }
         }
         self.pending_db = 0;
-        self.loaded_rf = false;
         self.no_step_trap = false;
         self.trap
     }

@@ -22,6 +22,25 @@ fn guest() -> Guest {
 }
 
 #[test]
+fn real_and_virtual_8086_mode_have_no_vex() {
+    // ANDN EAX, ECX, EDX; VZEROUPPER.
+    for bytes in [&[0xc4u8, 0xe2, 0x70, 0xf2, 0xc2][..], &[0xc5, 0xf8, 0x77]] {
+        let mut g = Guest::new(TestMode::Real);
+        assert_eq!(g.vector_of(|a| a.db(bytes).unwrap()), 6, "{bytes:x?}");
+    }
+    if host_cpuid().find(7, 0).is_some_and(|l| l.ebx >> 3 & 1 != 0) {
+        let mut g = Guest::new(TestMode::Protected16);
+        g.cpu().regs[gpr::RCX] = 5;
+        g.cpu().regs[gpr::RDX] = 7;
+        g.halts(|a| {
+            a.db(&[0xc4, 0xe2, 0x70, 0xf2, 0xc2]).unwrap();
+            a.hlt().unwrap();
+        });
+        assert_eq!(g.reg(gpr::RAX) as u32, 2);
+    }
+}
+
+#[test]
 fn a_store_into_its_own_block_counts_at_once() {
     let mut g = guest();
     g.halts(|a| {

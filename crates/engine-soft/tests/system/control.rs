@@ -141,6 +141,50 @@ fn msrs_validate_what_they_take() {
     assert_eq!(msr(&mut g, EFER, 1 << 63 | EFER_LME), Err(13));
 }
 
+#[test]
+fn msrs_that_older_systems_use_unasked() {
+    let mut g = Guest::new(TestMode::Long64);
+    // IA32_PERF_CTL takes what it is given; the P6's last branch records are read-only.
+    assert_eq!(msr(&mut g, 0x199, 0x600), Ok(0));
+    assert_eq!(msr(&mut g, 0x1db, 0), Err(13));
+    assert_eq!(g.cpu().read_msr(0x1de), Ok(0));
+    let amd = g.cpu().amd;
+    for n in [0xc001_0055, 0xc001_0058, 0xc001_1023] {
+        assert_eq!(g.cpu().read_msr(n).ok(), amd.then_some(0), "{n:#x}");
+    }
+}
+
+#[test]
+fn invpcid_refuses_reserved_bits_whatever_its_type() {
+    let mut g = Guest::new(TestMode::Long64);
+    if g.cpu().cpuid.find(7, 0).is_none_or(|l| l.ebx >> 10 & 1 == 0) {
+        return;
+    }
+    let mut one = |kind: u32, pcid: u64, lin: u64| {
+        g.m.write(layout::DATA, &pcid.to_le_bytes());
+        g.m.write(layout::DATA + 8, &lin.to_le_bytes());
+        g.cpu().regs[gpr::RSP] = layout::STACK_TOP;
+        g.code(|a| {
+            a.mov(eax, kind).unwrap();
+            a.mov(esi, layout::DATA as i32).unwrap();
+            a.invpcid(rax, xmmword_ptr(rsi)).unwrap();
+            a.hlt().unwrap();
+        });
+        match g.run() {
+            End::Halted(_) => None,
+            End::Vector(v) => Some(v),
+            End::Shutdown => panic!("shutdown"),
+        }
+    };
+    for kind in 0..4 {
+        assert_eq!(one(kind, 0, 0), None, "type {kind}");
+        assert_eq!(one(kind, 1 << 12, 0), Some(13), "type {kind}");
+        assert_eq!(one(kind, 1, 0), (kind < 2).then_some(13), "type {kind}: no PCIDs");
+        assert_eq!(one(kind, 0, 1 << 47), (kind == 0).then_some(13), "type {kind}");
+    }
+    assert_eq!(one(4, 0, 0), Some(13));
+}
+
 /// A guest that has seen them under another engine goes on with them: they hold what they held, and take what it writes.
 #[test]
 fn msrs_of_features_that_are_carried() {

@@ -78,6 +78,53 @@ fn instruction_breakpoints_fault_before_and_rf_passes_them() {
     assert_eq!(g.cpu().dr6, DR6_FIXED | 4);
 }
 
+/// RF holds until a repeated instruction is done, and is set in what a trap between its iterations saves.
+#[test]
+fn a_breakpoint_on_a_repeated_instruction_hits_once() {
+    for trap in [false, true] {
+        let mut g = Guest::new(TestMode::Long64);
+        g.code_at(64, HANDLERS + 0x10, |a| {
+            a.inc(r15).unwrap();
+            a.mov(eax, dword_ptr(rsp + 16)).unwrap();
+            a.shr(eax, 16).unwrap();
+            a.and(eax, 1).unwrap();
+            a.add(r14, rax).unwrap();
+            a.bts(qword_ptr(rsp + 16), 16).unwrap();
+            a.iretq().unwrap();
+        });
+        let start = if trap { 5 + 1 } else { 0 };
+        g.cpu().dr[0] = layout::CODE + 10 + start;
+        g.cpu().dr7 = DR7_FIXED | 2;
+        g.halts(|a| {
+            a.mov(ecx, 5).unwrap();
+            a.mov(edi, layout::DATA as i32).unwrap();
+            if trap {
+                a.push(TF as i32 | 2).unwrap();
+                a.popfq().unwrap();
+            }
+            a.rep().stosb().unwrap();
+            a.push(2).unwrap();
+            a.popfq().unwrap();
+            a.hlt().unwrap();
+        });
+        // The breakpoint; with TF, a trap after each of the five iterations, four times with RF, and after PUSH and POPF.
+        assert_eq!((g.reg(15), g.reg(14)), if trap { (8, 4) } else { (1, 0) }, "TF {trap}");
+        assert_eq!(g.reg(gpr::RCX), 0);
+    }
+}
+
+/// RF is gone by the time that an instruction itself enters a handler.
+#[test]
+fn int_n_does_not_save_the_rf_that_let_it_run() {
+    let mut g = Guest::new(TestMode::Long64);
+    g.cpu().sys_flags |= RF;
+    assert_eq!(g.vector_of(|a| a.int(0x40).unwrap()), 0x40);
+    assert_eq!(g.stack(2) & RF, 0);
+    let mut g = Guest::new(TestMode::Long64);
+    assert_eq!(g.vector_of(|a| a.ud2().unwrap()), 6);
+    assert_eq!(g.stack(2) & RF, RF, "a fault");
+}
+
 #[test]
 fn watchpoints_trap_after_the_access() {
     let mut g = Guest::new(TestMode::Long64);

@@ -329,6 +329,23 @@ fn two_level_tables() {
     assert_eq!(probe(data | 3, store), (None, 0x60));
 }
 
+/// EFER.NXE means nothing to tables that have no such bit: a fetch that faults is not told from a load, unless SMEP does.
+#[test]
+fn two_level_tables_know_no_fetch_with_nxe_alone() {
+    for (smep, code) in [(0, 0), (CR4_SMEP, 0x10)] {
+        let (mut g, _) = paged32(false);
+        g.cpu().efer |= EFER_NXE;
+        g.cpu().cr4 |= smep;
+        // The test's own code in supervisor pages.
+        g.m.write(layout::TABLES, &0x83u32.to_le_bytes());
+        g.code(|a| {
+            a.mov(esi, LIN as u32).unwrap();
+            a.jmp(esi).unwrap();
+        });
+        assert_eq!((g.run(), g.stack(0), g.cpu().cr2), (End::Vector(14), code, LIN));
+    }
+}
+
 #[test]
 fn pae_tables() {
     let (mut g, slot) = paged32(true);
